@@ -1,0 +1,64 @@
+"""The mathematics of diffusion, on torch alone: one schedule, one denoiser, one loop.
+
+schedule    how much signal and noise there is at a level
+prediction  what a network's answer means
+denoiser    denoiser(x, t) -> Prediction(x0, eps), and guidance
+noise       randomness, one generator per image
+grids       which levels a sampler visits
+course      what a sampler offers for one run
+samplers    DDIM, DDPM, Euler, ancestral Euler and LCM as one equation; the table of names
+solvers     Heun and DPM-Solver++(2M)
+loop        the one sampling loop
+losses      the training loss
+"""
+
+from ldm_pipeline.diffusion.course import Course, GridSampler, NativeSampler, Sampler
+from ldm_pipeline.diffusion.denoiser import Denoiser, Guidance, Network, guided, make_denoiser
+from ldm_pipeline.diffusion.gaussian import Gaussian
+from ldm_pipeline.diffusion.loop import Plan, Step, Stop, run
+from ldm_pipeline.diffusion.losses import denoising_errors, denoising_loss, loss_weights
+from ldm_pipeline.diffusion.noise import Noise
+from ldm_pipeline.diffusion.prediction import (
+    PREDICTION_TYPES,
+    Prediction,
+    boundary_scalings,
+    interpret,
+    target,
+)
+from ldm_pipeline.diffusion.samplers import NATIVE_SAMPLERS, SAMPLERS, Consistency, Renoise
+from ldm_pipeline.diffusion.schedule import CLEAN, Schedule
+from ldm_pipeline.diffusion.solvers import DPMSolverPP2M, Heun
+
+__all__ = [
+    "CLEAN",
+    "NATIVE_SAMPLERS",
+    "PREDICTION_TYPES",
+    "SAMPLERS",
+    "Consistency",
+    "Course",
+    "DPMSolverPP2M",
+    "Denoiser",
+    "Gaussian",
+    "GridSampler",
+    "Guidance",
+    "Heun",
+    "NativeSampler",
+    "Network",
+    "Noise",
+    "Plan",
+    "Prediction",
+    "Renoise",
+    "Sampler",
+    "Schedule",
+    "Step",
+    "Stop",
+    "boundary_scalings",
+    "denoising_errors",
+    "denoising_loss",
+    "guided",
+    "interpret",
+    "loss_weights",
+    "make_denoiser",
+    "run",
+    "target",
+]

@@ -1,0 +1,102 @@
+"""Laws of the time grids: where stock schedulers have the same grid, it is the same.
+
+Legend: T = 1000 training timesteps; n = number of steps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import warnings
+from typing import Any
+
+import pytest
+import torch
+
+from ldm_pipeline.diffusion import CLEAN, SAMPLERS, Schedule
+from ldm_pipeline.diffusion.grids import SPACINGS, consistency_grid, grid
+from ldm_pipeline.errors import UserError
+
+SCHEDULE = Schedule.scaled_linear()
+SCHEDULES = (SCHEDULE, SCHEDULE.zero_terminal_snr(), Schedule.geometric(), Schedule.linear(7))
+
+
+def stock_timesteps(scheduler: Any, n: int) -> list[float]:
+    scheduler.set_timesteps(n)
+    return [float(t) for t in scheduler.timesteps]
+
+
+@pytest.mark.parametrize("spacing", SPACINGS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_grids_descend_from_noise_to_clean(spacing: str, schedule: Schedule) -> None:
+    last = schedule.num_train_timesteps - 1
+    for n in (1, 2, 3, 5, 7):
+        levels = grid(schedule, n, spacing)
+        assert len(levels) == n + 1
+        assert levels[-1] == CLEAN
+        assert all(high > low for high, low in itertools.pairwise(levels))
+        assert levels[0] <= last
+        if spacing != "leading":
+            assert levels[0] == last
+
+
+@pytest.mark.parametrize("spacing", ["trailing", "leading"])
+def test_integer_grids_are_those_of_stock(spacing: str) -> None:
+    from diffusers import DDIMScheduler
+
+    scheduler = DDIMScheduler(timestep_spacing=spacing, steps_offset=1)
+    for n in (2, 3, 4, 7, 8, 20, 25, 30, 50, 77, 100):
+        assert list(grid(SCHEDULE, n, spacing)[:-1]) == stock_timesteps(scheduler, n)
+
+
+def test_linspace_is_that_of_euler() -> None:
+    from diffusers import EulerDiscreteScheduler
+
+    for n in (2, 10, 28):
+        ours = torch.tensor(grid(SCHEDULE, n, "linspace")[:-1])
+        # Stock keeps its timesteps in float32: 6e-5 is half its spacing near 999.
+        wanted = torch.tensor(stock_timesteps(EulerDiscreteScheduler(), n))
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=6.2e-5)
+
+
+def test_karras_takes_equal_steps_of_the_seventh_root() -> None:
+    levels = grid(SCHEDULE, 12, "karras")[:-1]
+    roots = [math.exp(-SCHEDULE.log_snr(t) / 14) for t in levels]
+    steps = [high - low for high, low in itertools.pairwise(roots)]
+    # Rounding of float64 through exp, ln and the inverse of the table.
+    assert steps == pytest.approx([steps[0]] * 11, rel=1e-9)
+    assert (levels[0], levels[-1]) == (999.0, 0.0)
+
+
+def test_consistency_grid_is_that_of_lcm() -> None:
+    from diffusers import LCMScheduler
+
+    scheduler = LCMScheduler()
+    for n in range(1, 51):
+        assert list(consistency_grid(SCHEDULE, n)[:-1]) == stock_timesteps(scheduler, n)
+    for n, original, strength in ((4, 50, 0.5), (3, 100, 0.7), (5, 25, 0.9)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            scheduler.set_timesteps(n, original_inference_steps=original, strength=strength)
+        ours = consistency_grid(SCHEDULE, n, original, strength)
+        assert list(ours[:-1]) == scheduler.timesteps.tolist()
+
+
+def test_strength_leaves_the_last_steps() -> None:
+    sampler = SAMPLERS["ddim"]
+    whole = sampler.course(SCHEDULE, 20).times
+    assert sampler.course(SCHEDULE, 20, strength=0.5).times == whole[10:]
+    # Too little strength for one step still runs one: a run of none would draw nothing.
+    assert sampler.course(SCHEDULE, 20, strength=0.01).times == whole[-2:]
+
+
+def test_mistakes_are_named() -> None:
+    with pytest.raises(UserError, match="did you mean 'trailing'"):
+        grid(SCHEDULE, 5, "trialing")
+    for n in (0, -3, 1001):
+        with pytest.raises(UserError, match=f"num_inference_steps={n}"):
+            grid(SCHEDULE, n, "trailing")
+    with pytest.raises(UserError, match="between 1 and 50"):
+        consistency_grid(SCHEDULE, 51)
+    with pytest.raises(UserError, match="between 1 and 5"):
+        consistency_grid(SCHEDULE, 8, strength=0.1)
