@@ -1,0 +1,114 @@
+"""The `ldm` command: reads the arguments, calls one module of `commands/`, words the errors.
+
+Exit codes: 0 done, 2 a mistake in the arguments (one line on stderr), 130 interrupted. Only the
+standard library is imported here, and a command's own module only when that command is asked
+for, so that help and refusals answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn, cast
+
+from ldm_pipeline.commands import Command
+from ldm_pipeline.errors import UserError, nearest, suggestion
+
+COMMANDS = ("generate", "show", "info", "evaluate", "dataset")
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors that name the nearest option, and no abbreviations.
+
+    Options and prompts may come in any order, which sub-parsers of argparse do not allow: hence
+    one parser for each command.
+    """
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(prog=prog, description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise argparse's complaint as a `UserError`, which `main` prints in one line."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
+        """The parsed arguments; `UserError` for what is unknown, with the nearest option."""
+        before_prompts = arguments[: [*arguments, "--"].index("--")]
+        if "-h" in before_prompts or "--help" in before_prompts:
+            self.print_help()  # not left to intermixed parsing, which hides the positionals' help
+            self.exit()
+        args, unknown = self.parse_known_intermixed_args(arguments)
+        if unknown:
+            flag = unknown[0].partition("=")[0]
+            self.error(f"unknown argument {flag!r}{suggestion(flag, self._option_string_actions)}")
+        return args
+
+
+def _command(name: str) -> Command:
+    """The module of one command."""
+    return cast(Command, import_module(f"{__package__}.commands.{name}"))
+
+
+def _overview() -> str:
+    """What `ldm --help` prints."""
+    lines = ["usage: ldm COMMAND [arguments]", "", "Words to pictures, on this machine.", ""]
+    lines += [f"  ldm {name:9} {_command(name).PURPOSE}" for name in COMMANDS]
+    lines += [
+        "",
+        "`ldm COMMAND --help` lists what a command takes; `ldm --version` the version.",
+        "",
+        '  ldm generate "a red star above a blue house" -o star.png',
+    ]
+    return "\n".join(lines)
+
+
+def dispatch(arguments: Sequence[str]) -> None:
+    """Run the command that `arguments` (without the program's name) asks for.
+
+    Raises `UserError` for a mistake in them.
+    """
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return
+    name, rest = arguments[0], arguments[1:]
+    if name in ("--version", "-V"):
+        from ldm_pipeline import __version__
+
+        print(f"ldm {__version__}")
+        return
+    if name not in COMMANDS:
+        known = f"; the commands are {', '.join(COMMANDS)}"
+        guess = nearest(name, COMMANDS)
+        raise UserError(
+            f"unknown command {name!r}{known}" + (f"; did you mean {guess!r}?" if guess else "")
+        )
+    command = _command(name)
+    parser = Parser(f"ldm {name}", command.PURPOSE)
+    command.add_arguments(parser)
+    command.run(parser.parse(rest))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `ldm` with `arguments` (default: the process's own) and return the exit code."""
+    try:
+        dispatch(sys.argv[1:] if arguments is None else arguments)
+        sys.stdout.flush()
+    except UserError as error:
+        print("ldm: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nldm: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has left, as `ldm show x | head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except SystemExit as leave:  # argparse leaves this way after printing a command's help
+        return leave.code if isinstance(leave.code, int) else 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""Pictures and masks <-> tensors.
+
+Legend
+    images   [B, 3, H, W] in [-1, 1], what the autoencoder reads and writes
+    mask     [B, 1, H, W] in [0, 1]; 1 is where something is to be drawn
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ldm_pipeline.errors import UserError
+
+
+def to_output(images: Tensor, output_type: str, already: Sequence[bool] | None = None) -> Any:
+    """`images` as a caller wants them.
+
+    "pil" gives a list of RGB pictures, "np" a float32 array [B, H, W, 3] in [0, 1], "pt" a tensor
+    [B, 3, H, W] in [0, 1]. `already[i]` says that image i lies in [0, 1] as it is (a safety
+    checker hands back such ones).
+    """
+    if already is None or not any(already):
+        shown = (images * 0.5 + 0.5).clamp(0, 1)
+    else:
+        rows = zip(images, already, strict=True)
+        shown = torch.stack([i if as_is else (i * 0.5 + 0.5).clamp(0, 1) for i, as_is in rows])
+    if output_type == "pt":
+        return shown
+    array = shown.cpu().permute(0, 2, 3, 1).float().numpy()
+    return array if output_type == "np" else to_pictures(array)
+
+
+def to_pictures(array: np.ndarray) -> list[Image.Image]:
+    """Pictures of an array [B, H, W, 3 or 1] in [0, 1], each value rounded to the nearest 255th."""
+    bytes_ = (array * 255).round().astype(np.uint8)
+    return [Image.fromarray(page.squeeze(-1) if page.shape[-1] == 1 else page) for page in bytes_]
+
+
+def to_tensor(pictures: Image.Image | np.ndarray | Sequence[Image.Image]) -> Tensor:
+    """`images` [B, 3, H, W] in [-1, 1] of RGB pictures, or of a uint8 array [(B,) H, W, 3].
+
+    Transparent and grey pictures are turned into RGB. Raises `UserError` for other kinds, and
+    where the pictures of a list differ in size.
+    """
+    if isinstance(pictures, np.ndarray):
+        if pictures.dtype != np.uint8 or pictures.shape[-1] != 3 or pictures.ndim not in (3, 4):
+            raise UserError(
+                f"a picture array must be uint8 [(B,) H, W, 3], not {pictures.dtype}"
+                f" {list(pictures.shape)}"
+            )
+        pages = pictures if pictures.ndim == 4 else pictures[None]
+    else:
+        listed = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+        if len({picture.size for picture in listed}) != 1:
+            raise UserError(f"pictures of one batch must have one size, not {_sizes(listed)}")
+        pages = np.stack([np.asarray(picture.convert("RGB")) for picture in listed])
+    return torch.from_numpy(pages.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1.0
+
+
+def _sizes(pictures: Sequence[Image.Image]) -> list[str]:
+    return sorted({f"{width}x{height}" for width, height in (p.size for p in pictures)})

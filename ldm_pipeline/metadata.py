@@ -1,0 +1,198 @@
+"""What a picture file remembers: the recipe that drew it, in the text chunks of a PNG.
+
+A `Recipe` is everything that decides the pixels. It travels in the file as JSON (chunk `ldm`),
+and as the line of settings that other picture tools read (chunk `parameters`). `Recipe.command`
+turns it back into the shell command that draws the same file again, byte for byte; for that the
+file holds nothing that changes from run to run: no time, no file name, no machine.
+
+Legend: a *chunk* is one keyword and its text inside a PNG file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ldm_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CHUNK = "ldm"
+"""The chunk that holds the recipe as JSON."""
+
+FORMAT = 1
+"""The version of that JSON; a reader refuses a later one."""
+
+RECORDED_PACKAGES = ("ldm-pipeline", "torch", "diffusers", "transformers", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides a picture file drawn by `ldm generate`.
+
+    `prompts` holds one prompt, or, for a grid, one for each of its captions; `n` is the number of
+    pictures for each prompt. Picture k of a run uses seed `seed + k`. `sampler` None is the
+    model's own. `size` is (height, width) in pixels. `versions` names the packages that drew it:
+    they do not enter the command, but other versions may round differently.
+    """
+
+    prompts: tuple[str, ...]
+    seed: int
+    steps: int
+    guidance: float
+    size: tuple[int, int]
+    device: str
+    dtype: str
+    model: str = "bundled"
+    sampler: str | None = None
+    negative: str | None = None
+    n: int = 1
+    grid: bool = False
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def command(self, output: str) -> str:
+        """The shell command, one line, that draws this file again and writes it to `output`."""
+        words = ["ldm", "generate", "-o", output, "--model", self.model]
+        words += ["--seed", str(self.seed), "--steps", str(self.steps)]
+        words += ["--guidance", repr(self.guidance)]
+        if self.sampler is not None:
+            words += ["--sampler", self.sampler]
+        if self.negative is not None:
+            words += [f"--negative={self.negative}"]
+        words += ["--height", str(self.size[0]), "--width", str(self.size[1])]
+        words += ["--device", self.device, "--dtype", self.dtype]
+        if self.n != 1:
+            words += ["--n", str(self.n)]
+        if self.grid:
+            words += ["--grid"]
+        if any(prompt.startswith("-") for prompt in self.prompts):
+            words += ["--"]
+        return " ".join(map(quote, [*words, *self.prompts]))
+
+    def to_json(self) -> str:
+        """The recipe as JSON, the same text for the same recipe."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> Recipe:
+        """The inverse of `to_json`; ValueError for text that is no recipe of this format."""
+        values = json.loads(text)
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            raise ValueError("written by another version of ldm")
+        known = {entry.name for entry in fields(Recipe)}
+        if unknown := sorted(set(values) - known):
+            raise ValueError(f"unknown fields {unknown}")
+        return _checked(values)
+
+    def settings(self) -> str:
+        """The recipe as the text that other picture tools show under "parameters"."""
+        lines = [" | ".join(self.prompts)]
+        if self.negative:
+            lines += [f"Negative prompt: {self.negative}"]
+        lines += [
+            f"Steps: {self.steps}, Sampler: {self.sampler or 'model default'}, "
+            f"CFG scale: {self.guidance:g}, Seed: {self.seed}, "
+            f"Size: {self.size[1]}x{self.size[0]}, Model: {self.model}"
+        ]
+        return "\n".join(lines)
+
+
+def _checked(values: dict[str, Any]) -> Recipe:
+    """A recipe from parsed JSON, every field of the type that it claims (files can be forged)."""
+    texts = [values["model"], values["device"], values["dtype"], *values["prompts"]]
+    texts += [values[name] for name in ("sampler", "negative") if values[name] is not None]
+    whole = [values["seed"], values["steps"], values["n"], *values["size"]]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("a text is missing")
+    if not all(type(number) is int for number in whole) or len(values["size"]) != 2:
+        raise ValueError("a whole number is missing")
+    height, width = values["size"]
+    return Recipe(
+        **{
+            **values,
+            "prompts": tuple(values["prompts"]),
+            "guidance": float(values["guidance"]),
+            "size": (height, width),
+            "grid": bool(values["grid"]),
+            "versions": {str(k): str(v) for k, v in dict(values["versions"]).items()},
+        }
+    )
+
+
+def quote(word: str) -> str:
+    """`word` for a POSIX shell; control characters as $'\\x1b', so that none reaches a terminal."""
+    hidden = [c for c in word if not c.isprintable() and c not in "\n\t"]
+    if not hidden:
+        return shlex.quote(word)
+    escaped = word.replace("\\", "\\\\").replace("'", "\\'")
+    for character in set(hidden):
+        code = "".join(f"\\x{byte:02x}" for byte in character.encode("utf-8", "surrogateescape"))
+        escaped = escaped.replace(character, code)
+    return f"$'{escaped}'"
+
+
+def installed_versions(packages: Sequence[str] = RECORDED_PACKAGES) -> dict[str, str]:
+    """The installed version of each of `packages`, read without importing any of them."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    versions = {}
+    for package in packages:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            versions[package] = "not installed"
+    return versions
+
+
+def save_png(picture: Image, path: Path, recipe: Recipe) -> None:
+    """Write `picture` with its recipe to `path`, complete or not at all.
+
+    The bytes go to a temporary file in the same folder that then takes the name, so neither an
+    interruption nor a full disk leaves half a picture or harms the one that was there. Raises
+    `UserError` where the folder cannot be written.
+    """
+    from PIL.PngImagePlugin import PngInfo
+
+    chunks = PngInfo()
+    chunks.add_itxt(CHUNK, recipe.to_json())
+    chunks.add_itxt("parameters", recipe.settings().encode("utf-8", "replace").decode("utf-8"))
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("xb") as file:
+            picture.save(file, format="PNG", pnginfo=chunks)
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """A name in the folder of `path` that no other process uses, for a file in the making."""
+    return path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
+
+
+def read_recipe(path: Path) -> Recipe:
+    """The recipe inside the PNG at `path`; `UserError` where there is none."""
+    if not path.is_file():
+        raise UserError(f"no such picture: {path}")
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as picture:
+            text = picture.info.get(CHUNK)
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
+        reason = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
+        raise UserError(f"cannot read {path}: {reason}") from error
+    if not isinstance(text, str):
+        raise UserError(f"{path} carries no settings: not drawn by ldm, or saved again by a tool")
+    try:
+        return Recipe.from_json(text)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the settings inside {path} cannot be read: {error}") from error

@@ -1,0 +1,23 @@
+"""The model that comes with the package, so that a first picture needs no network and no account.
+
+It lies in `ldm_pipeline/assets` in the layout of Diffusers: `model_index.json` and one folder per
+component. Its weights are stored in 16 bits to stay small and are read as 32 bits.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ldm_pipeline.errors import UserError
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+def folder() -> Path:
+    """The folder of the bundled model; `UserError` where this installation has none."""
+    if not (ASSETS / "model_index.json").is_file():
+        raise UserError(
+            f"this installation has no bundled model in {ASSETS};"
+            " pass a model folder or a hub id instead"
+        )
+    return ASSETS

@@ -1,0 +1,153 @@
+"""Stock diffusers schedulers behind the core's Sampler protocol.
+
+A stock scheduler keeps its run's state on itself, works out for itself where a step ends, and keeps
+x in a scale of its own. Here every course owns a copy of the scheduler, follows its timesteps one
+by one, and hands it the network's own output, so that the latents are those of a stock pipeline,
+bit for bit. The copy makes runs independent: one pipeline serves any number of threads.
+
+Legend
+    t, s     the level a step starts from and the level it ends on, in timesteps
+    order    how many of the scheduler's timesteps make one step (2 for Heun)
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from copy import deepcopy
+from dataclasses import dataclass
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ldm_pipeline.diffusion.course import Course, skipped
+from ldm_pipeline.diffusion.denoiser import Denoiser
+from ldm_pipeline.diffusion.noise import Noise
+from ldm_pipeline.diffusion.schedule import CLEAN, Schedule
+from ldm_pipeline.errors import UserError, choose
+
+STOCK_SCHEDULERS: dict[str, str] = {
+    "pndm": "PNDMScheduler",
+    "unipc": "UniPCMultistepScheduler",
+    "deis": "DEISMultistepScheduler",
+    "kdpm2": "KDPM2DiscreteScheduler",
+    "kdpm2_a": "KDPM2AncestralDiscreteScheduler",
+    "dpmpp_2s": "DPMSolverSinglestepScheduler",
+    "dpmpp_2m_sde": "DPMSolverMultistepScheduler",
+    "tcd": "TCDScheduler",
+}
+"""Samplers offered by name through this adapter, and the stock class that does the work.
+
+LMS is not among them: its stock class needs scipy. Where scipy is installed, a model's own LMS
+scheduler runs through `StockSampler` like any other.
+"""
+
+STOCK_OPTIONS: dict[str, dict[str, Any]] = {
+    "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"},
+    "dpmpp_2s": {"lower_order_final": True},  # what it needs to end without noise
+}
+"""What a name means beyond its class: entries of the scheduler's config."""
+
+
+def stock_sampler(name: str, config: Mapping[str, Any], eta: float | None = None) -> StockSampler:
+    """The sampler called `name` (a key of STOCK_SCHEDULERS) over the schedule of `config`.
+
+    `config` is that of any stock scheduler of the Stable Diffusion family. Raises UserError for an
+    unknown name.
+    """
+    import diffusers
+
+    made_by = getattr(diffusers, STOCK_SCHEDULERS[choose("sampler", name, STOCK_SCHEDULERS)])
+    scheduler = made_by.from_config(dict(config), **STOCK_OPTIONS.get(name, {}))
+    return StockSampler(scheduler, eta=eta)
+
+
+@dataclass(frozen=True, eq=False)
+class StockSampler:
+    """Any stock scheduler of the Stable Diffusion family as a Sampler; it is copied, never changed.
+
+    timesteps, sigmas  custom levels, at most one of the two, where the scheduler takes them; they
+                       then decide the number of steps
+    eta                share of fresh noise, for schedulers whose step takes it; None is their own
+
+    Raises UserError for schedulers that cannot draw one image from one generator (those on a
+    Brownian tree), and for flow-matching ones, whose levels are not those of a noise schedule.
+    """
+
+    scheduler: Any
+    timesteps: tuple[int, ...] | None = None
+    sigmas: tuple[float, ...] | None = None
+    eta: float | None = None
+
+    def __post_init__(self) -> None:
+        name = type(self.scheduler).__name__
+        if hasattr(self.scheduler, "noise_sampler"):
+            raise UserError(
+                f"{name} draws its noise outside the generators and never twice the same; use "
+                "sampler='dpmpp_2m_sde' instead"
+            )
+        if name.startswith("FlowMatch"):
+            raise UserError(f"{name} is for flow-matching models, not for Stable Diffusion")
+        if self.timesteps is not None and self.sigmas is not None:
+            raise UserError("pass either timesteps or sigmas, not both")
+
+    def course(self, schedule: Schedule, n: int, strength: float = 1.0) -> Course:
+        """A fresh course of n steps; below strength 1, of its last part, as stock image-to-image.
+
+        `times` are the scheduler's own timesteps, so there are more than n of them where a step
+        evaluates the network more than once. `schedule` is not asked: the scheduler has its own.
+        """
+        own = deepcopy(self.scheduler)
+        n = self._set(own, n)
+        begin = skipped(n, strength) * getattr(own, "order", 1)
+        if hasattr(own, "set_begin_index"):
+            own.set_begin_index(begin)
+        steps = own.timesteps[begin:]
+        times = (*(float(t) for t in steps), CLEAN)
+        accepted = inspect.signature(own.step).parameters
+        place = count()
+
+        def step(denoiser: Denoiser, x: Tensor, t: float, s: float, noise: Noise) -> Tensor:
+            timestep = steps[next(place)]
+            assert float(timestep) == t, "a stock scheduler's timesteps must be taken in order"
+            scaled = own.scale_model_input(x, timestep)
+            chosen: dict[str, Any] = {}
+            if "generator" in accepted:
+                chosen["generator"] = list(noise.generators)
+            if "eta" in accepted and self.eta is not None:
+                chosen["eta"] = self.eta
+            output = denoiser(scaled, t).output
+            after: Tensor = own.step(output, timestep, x, return_dict=False, **chosen)[0]
+            return after
+
+        def first(noise: Tensor) -> Tensor:
+            return noise * own.init_noise_sigma
+
+        def noisy(z: Tensor, noise: Tensor, t: float) -> Tensor:
+            if t == CLEAN:
+                return z
+            level = torch.tensor([t], dtype=own.timesteps.dtype)
+            started: Tensor = own.add_noise(z, noise, level.repeat(z.shape[0]))
+            return started
+
+        return Course(times, step, first, noisy)
+
+    def _set(self, own: Any, n: int) -> int:
+        """Set the copy's timesteps; how many steps they make."""
+        accepted = inspect.signature(own.set_timesteps).parameters
+        chosen: dict[str, Any] = {"num_inference_steps": n}
+        if self.timesteps is not None:
+            chosen = {"timesteps": list(self.timesteps)}
+        elif self.sigmas is not None:
+            chosen = {"sigmas": list(self.sigmas)}
+        name = type(own).__name__
+        for key in chosen:
+            if key not in accepted:
+                raise UserError(f"{name} takes no custom {key}; pass num_inference_steps instead")
+        try:
+            own.set_timesteps(**chosen)
+        except ValueError as error:
+            raise UserError(f"{name}: {' '.join(str(error).split())}") from error
+        return n if "num_inference_steps" in chosen else len(own.timesteps)

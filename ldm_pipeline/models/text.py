@@ -1,0 +1,123 @@
+"""Words to embeddings: one tokenizer and one CLIP text encoder, as Stable Diffusion uses them.
+
+Legend
+    texts   prompts
+    L       tokens per prompt, 77 for CLIP
+    C       channels of the text encoder
+
+Everything that touches the tokenizer or rescales adapter layers holds a lock: a fast tokenizer
+keeps its padding and truncation settings in one object and refuses two threads at once, and
+diffusers scales adapter layers in place.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+from torch import Tensor
+from transformers import BatchEncoding, CLIPTextModel, CLIPTokenizer
+
+from ldm_pipeline.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+Convert = Callable[[list[str]], list[str]]
+
+_tokenising = threading.RLock()
+_scaling = threading.RLock()
+
+
+def tokenise(
+    tokenizer: CLIPTokenizer,
+    texts: list[str],
+    *,
+    length: int | None = None,
+    convert: Convert | None = None,
+    warn: bool = True,
+) -> BatchEncoding:
+    """Token ids and attention mask [len(texts), L], padded and cut to `length`.
+
+    `length` defaults to the most that the tokenizer's model reads. `convert` rewrites the texts
+    first (textual inversion turns one word into several). Where text is cut off, a warning names
+    the words that were not read, unless `warn` is False.
+    """
+    with _tokenising:
+        if convert is not None:
+            texts = convert(texts)
+        limit = length or tokenizer.model_max_length
+        tokens = tokenizer(
+            texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
+        )
+        if warn:
+            whole = tokenizer(texts, verbose=False).input_ids
+            unread = [ids[limit - 1 : -1] for ids in whole if len(ids) > limit]
+            if unread:
+                logger.warning(
+                    "CLIP reads at most %d tokens; this part of the prompt was cut off: %s",
+                    limit,
+                    tokenizer.batch_decode(unread),
+                )
+    return tokens
+
+
+def encode(
+    tokenizer: CLIPTokenizer | None,
+    text_encoder: CLIPTextModel | None,
+    texts: list[str],
+    *,
+    device: torch.device | str | None = None,
+    length: int | None = None,
+    clip_skip: int | None = None,
+    convert: Convert | None = None,
+    warn: bool = True,
+) -> Tensor:
+    """Text embeddings [len(texts), L, C]: the encoder's last hidden states, layer-normed.
+
+    With `clip_skip=k` the states of k layers earlier are taken and go through the same final
+    layer norm. Raises `UserError` where there is no text encoder, or it has fewer layers.
+    """
+    if tokenizer is None or text_encoder is None:
+        raise UserError("this pipeline has no text encoder; pass prompt_embeds instead of prompt")
+    check_clip_skip(text_encoder, clip_skip)
+    tokens = tokenise(tokenizer, texts, length=length, convert=convert, warn=warn)
+    device = device if device is not None else text_encoder.device
+    ids = tokens.input_ids.to(device)
+    masked = getattr(text_encoder.config, "use_attention_mask", False)
+    mask = tokens.attention_mask.to(device) if masked else None
+    if clip_skip is None:
+        return text_encoder(ids, attention_mask=mask)[0]
+    states = text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
+    # transformers moved the norm from `text_model` to the model itself in its fifth version.
+    body = getattr(text_encoder, "text_model", text_encoder)
+    return body.final_layer_norm(states[-(clip_skip + 1)])
+
+
+def check_clip_skip(text_encoder: CLIPTextModel, clip_skip: int | None) -> None:
+    """Raise `UserError` where `clip_skip` leaves out more layers than the encoder has."""
+    layers = text_encoder.config.num_hidden_layers
+    if clip_skip is not None and clip_skip > layers:
+        raise UserError(f"clip_skip={clip_skip} is more than the text encoder's {layers} layers")
+
+
+@contextmanager
+def adapter_scale(model: torch.nn.Module | None, scale: float | None) -> Iterator[None]:
+    """Within the block the adapter (LoRA) layers of `model` count `scale` times as much."""
+    if model is None or not has_adapters(model):
+        yield
+        return
+    with _scaling:
+        scale_lora_layers(model, 1.0 if scale is None else scale)
+        try:
+            yield
+        finally:
+            unscale_lora_layers(model, scale)
+
+
+def has_adapters(model: torch.nn.Module) -> bool:
+    """Whether PEFT adapter layers have been injected into `model`."""
+    return bool(getattr(model, "peft_config", None))

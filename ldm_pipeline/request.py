@@ -1,0 +1,270 @@
+"""Every choice that a caller can make, checked once, at the door.
+
+`Request` holds what was asked for under the names that Stable Diffusion pipelines use. Building
+one checks it: a mistake raises `UserError`, one line that says what was passed, what is allowed
+and what to do, before any model is loaded or called. Nothing here imports torch, so the command
+refuses a bad argument at once; tensors and generators pass through as they are and only their
+shapes are read.
+
+Legend: n = number of images = prompts x images per prompt.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from numbers import Real
+from typing import TYPE_CHECKING, Any
+
+from ldm_pipeline.errors import UserError, choose
+
+if TYPE_CHECKING:
+    import torch
+
+#: Written here, in `diffusion`.
+NATIVE_SAMPLERS = ("ddim", "ddpm", "euler", "euler_a", "heun", "dpmpp_2m", "lcm")
+#: Schedulers of diffusers, run through the adapter in `models/schedulers.py`.
+STOCK_SAMPLERS = ("pndm", "unipc", "deis", "kdpm2", "kdpm2_a", "dpmpp_2s", "dpmpp_2m_sde", "tcd")
+#: Every name that `sampler=` accepts.
+SAMPLER_NAMES = NATIVE_SAMPLERS + STOCK_SAMPLERS
+
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+#: Largest seed: torch takes 64 signed bits.
+MAX_SEED = 2**63 - 1
+#: Latents are an eighth of the picture on each side.
+SIZE_STEP = 8
+
+Text = str | Sequence[str]
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Request:
+    """One request for pictures; the fields carry the names and defaults of a stock pipeline.
+
+    Raises `UserError` (a `ValueError`) when a value or a combination cannot be drawn.
+
+    prompt, negative_prompt     a text or a list of them; one negative text serves every prompt
+    prompt_embeds, …            [prompts, tokens, channels], instead of the texts
+    height, width               pixels, multiples of 8; None is the model's own size
+    num_inference_steps         at least 1; ignored when `timesteps` or `sigmas` are given
+    timesteps, sigmas           custom noise levels, descending; at most one of the two
+    guidance_scale              finite, at least 0; guidance is on above 1
+    guidance_rescale            0 to 1 (Lin et al. 2305.08891, section 3.4)
+    guidance_interval           (lo, hi): the fractions of the run between which guidance acts
+    seed                        a number (image i is drawn with seed + i) or a list, one per image
+    generator                   a torch.Generator, or a list with one per image
+    sampler                     one of `SAMPLER_NAMES`; None is the pipeline's own scheduler
+    eta                         0 to 1, the share of fresh noise, for samplers that know it
+    clip_skip                   number of the text encoder's last layers to leave out
+    output_type                 one of `OUTPUT_TYPES`
+    """
+
+    prompt: Text | None = None
+    height: int | None = None
+    width: int | None = None
+    num_inference_steps: int | None = 50
+    timesteps: Sequence[int] | None = None
+    sigmas: Sequence[float] | None = None
+    guidance_scale: float = 7.5
+    negative_prompt: Text | None = None
+    num_images_per_prompt: int = 1
+    eta: float = 0.0
+    generator: torch.Generator | Sequence[torch.Generator] | None = None
+    latents: torch.Tensor | None = None
+    prompt_embeds: torch.Tensor | None = None
+    negative_prompt_embeds: torch.Tensor | None = None
+    output_type: str = "pil"
+    cross_attention_kwargs: Mapping[str, Any] | None = None
+    guidance_rescale: float = 0.0
+    clip_skip: int | None = None
+    callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",)
+    sampler: str | None = None
+    seed: int | Sequence[int] | None = None
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        self._check_words()
+        self._check_numbers()
+        self._check_randomness()
+        if self.sampler is not None:
+            choose("sampler", self.sampler, SAMPLER_NAMES)
+        choose("output_type", self.output_type, OUTPUT_TYPES)
+        for name in self.callback_on_step_end_tensor_inputs:
+            choose("callback_on_step_end_tensor_inputs", name, CALLBACK_TENSORS)
+
+    # What the rest of the package reads -----------------------------------------------------
+
+    @cached_property
+    def prompts(self) -> list[str]:
+        """The prompts as a list; empty when embeddings were passed."""
+        return _texts("prompt", self.prompt)
+
+    @cached_property
+    def negative_prompts(self) -> list[str] | None:
+        """One negative prompt per prompt, or None where none was given."""
+        if self.negative_prompt is None:
+            return None
+        texts = _texts("negative_prompt", self.negative_prompt)
+        return texts * self.prompt_count if len(texts) == 1 else texts
+
+    @property
+    def prompt_count(self) -> int:
+        """How many prompts there are, as texts or as embeddings."""
+        return len(self.prompts) if self.prompt_embeds is None else int(self.prompt_embeds.shape[0])
+
+    @property
+    def image_count(self) -> int:
+        """How many images will be drawn: prompts x images per prompt."""
+        return self.prompt_count * self.num_images_per_prompt
+
+    @property
+    def seeds(self) -> tuple[int, ...] | None:
+        """One seed per image, or None where no seed was given."""
+        if self.seed is None:
+            return None
+        if isinstance(self.seed, Sequence):
+            return tuple(operator.index(s) for s in self.seed)
+        first = operator.index(self.seed)
+        return tuple(range(first, first + self.image_count))
+
+    # The checks -----------------------------------------------------------------------------
+
+    def _check_words(self) -> None:
+        """Exactly one source of words, in matching numbers."""
+        if self.prompt is None and self.prompt_embeds is None:
+            raise UserError("nothing to draw: pass prompt or prompt_embeds")
+        for name, text, embeds in (
+            ("prompt", self.prompt, self.prompt_embeds),
+            ("negative_prompt", self.negative_prompt, self.negative_prompt_embeds),
+        ):
+            if text is not None and embeds is not None:
+                raise UserError(f"{name} and {name}_embeds were both passed; pass only one of them")
+            if embeds is not None and len(_shape(name + "_embeds", embeds)) != 3:
+                raise UserError(
+                    f"{name}_embeds has shape {_shape(name, embeds)};"
+                    " it must be [prompts, tokens, channels], as encode_prompt returns it"
+                )
+        if self.prompt is not None:
+            _texts("prompt", self.prompt)
+        negatives = self.negative_prompts
+        if negatives is not None and len(negatives) != self.prompt_count:
+            raise UserError(
+                f"negative_prompt has {len(negatives)} texts for {self.prompt_count} prompts;"
+                " pass one text for all, or one for each prompt"
+            )
+        given = self.negative_prompt_embeds
+        if given is not None and given.shape[0] != self.prompt_count:
+            raise UserError(
+                f"negative_prompt_embeds has {given.shape[0]} rows for {self.prompt_count} prompts;"
+                " pass one row for each prompt"
+            )
+        ours = self.prompt_embeds
+        if ours is not None and given is not None and ours.shape != given.shape:
+            raise UserError(
+                f"prompt_embeds has shape {tuple(ours.shape)} and negative_prompt_embeds"
+                f" {tuple(given.shape)}; they must be the same"
+            )
+
+    def _check_numbers(self) -> None:
+        """Sizes, counts and strengths within their ranges."""
+        for name in ("height", "width"):
+            size = getattr(self, name)
+            if size is not None and _whole(name, size, 1) % SIZE_STEP:
+                near = max(SIZE_STEP, round(size / SIZE_STEP) * SIZE_STEP)
+                raise UserError(
+                    f"{name}={size} is not a multiple of {SIZE_STEP}; the nearest is {near}"
+                )
+        if self.timesteps is not None and self.sigmas is not None:
+            raise UserError("timesteps and sigmas were both passed; pass only one of them")
+        for name in ("timesteps", "sigmas"):
+            levels = getattr(self, name)
+            if levels is not None and len(levels) == 0:
+                raise UserError(f"{name} is empty; pass at least one noise level")
+        if self.timesteps is None and self.sigmas is None:
+            _whole("num_inference_steps", self.num_inference_steps, 1)
+        _whole("num_images_per_prompt", self.num_images_per_prompt, 1)
+        if self.clip_skip is not None:
+            _whole("clip_skip", self.clip_skip, 0)
+        _number("guidance_scale", self.guidance_scale, 0.0, math.inf)
+        _number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
+        _number("eta", self.eta, 0.0, 1.0)
+        self._check_interval()
+
+    def _check_interval(self) -> None:
+        interval = self.guidance_interval
+        if not isinstance(interval, Sequence) or len(interval) != 2:
+            raise UserError(
+                f"guidance_interval={interval!r} must be two fractions of the run,"
+                " such as (0.2, 0.8)"
+            )
+        lo, hi = (_number("guidance_interval", end, 0.0, 1.0) for end in interval)
+        if lo >= hi:
+            raise UserError(
+                f"guidance_interval={interval!r} is empty; the first must be below the second"
+            )
+
+    def _check_randomness(self) -> None:
+        """One source of randomness, in a number that fits the images."""
+        if self.seed is not None and self.generator is not None:
+            raise UserError("seed and generator were both passed; pass only one of them")
+        if self.seed is not None:
+            for seed in self.seed if isinstance(self.seed, list | tuple) else [self.seed]:
+                if _whole("seed", seed, 0) > MAX_SEED - self.image_count:
+                    raise UserError(f"seed={seed} is too large; it must be below 2**63")
+        for name, one_each in (("seed", self.seed), ("generator", self.generator)):
+            if isinstance(one_each, Sequence) and len(one_each) != self.image_count:
+                raise UserError(
+                    f"{name} has {len(one_each)} entries for {self.image_count} images"
+                    f" ({self.prompt_count} prompts x {self.num_images_per_prompt});"
+                    " pass one per image"
+                )
+        if self.latents is not None:
+            shape = _shape("latents", self.latents)
+            if len(shape) != 4 or shape[0] != self.image_count:
+                raise UserError(
+                    f"latents has shape {shape}; it must be [{self.image_count}, channels,"
+                    " height/8, width/8], one per image"
+                )
+
+
+def _texts(name: str, text: Text | None) -> list[str]:
+    """A text or a sequence of texts as a list."""
+    if text is None:
+        return []
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, Sequence) or not all(isinstance(entry, str) for entry in texts):
+        raise UserError(f"{name}={text!r} must be a text or a list of texts")
+    if not texts:
+        raise UserError(f"{name} is an empty list; pass at least one text")
+    return list(texts)
+
+
+def _shape(name: str, tensor: Any) -> tuple[int, ...]:
+    """The shape of a tensor; a `UserError` for anything that has none."""
+    if not hasattr(tensor, "shape"):
+        raise UserError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    return tuple(tensor.shape)
+
+
+def _whole(name: str, value: Any, low: int) -> int:
+    """`value` as an int of at least `low`."""
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        whole = None
+    if whole is None or isinstance(value, bool) or whole < low:
+        raise UserError(f"{name}={value!r} must be a whole number of at least {low}")
+    return whole
+
+
+def _number(name: str, value: Any, low: float, high: float) -> float:
+    """`value` as a finite float within [low, high]."""
+    number = float(value) if isinstance(value, Real) else math.nan
+    if isinstance(value, bool) or not math.isfinite(number) or not low <= number <= high:
+        allowed = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+        raise UserError(f"{name}={value!r} must be a finite number, {allowed}")
+    return number

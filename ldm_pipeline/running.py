@@ -1,0 +1,177 @@
+"""What a pipeline remembers while it draws, kept off the pipeline.
+
+Stable Diffusion pipelines keep the values of a run on themselves, so two runs at once spoil each
+other. Here each run has its own `Run`, and the attributes that callbacks read and write
+(`guidance_scale`, `_interrupt`, …) are views of the run of the calling thread.
+
+Legend: B = images of the run.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from torch import Tensor
+
+from ldm_pipeline.diffusion.denoiser import Guidance
+from ldm_pipeline.errors import UserError
+
+
+@dataclass
+class Run:
+    """The values of one run that may change while it runs.
+
+    `prompt_embeds` is [B, L, C], or [2B, L, C] with the negative half first where the run began
+    with guidance. `steerable` is False for UNets that take guidance as an input (guided LCM).
+    """
+
+    guidance_scale: float = 7.5
+    guidance_rescale: float = 0.0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    clip_skip: int | None = None
+    cross_attention_kwargs: Mapping[str, Any] | None = None
+    steerable: bool = True
+    interrupt: bool = False
+    num_timesteps: int = 0
+    steps_done: int = 0
+    prompt_embeds: Tensor | None = None
+    negative_prompt_embeds: Tensor | None = None
+
+    @property
+    def guides(self) -> bool:
+        """Whether classifier-free guidance is on."""
+        return self.guidance_scale > 1 and self.steerable
+
+    def guidance(self) -> Guidance:
+        """The guidance of the step at hand; scale 1, which is none, outside the interval."""
+        low, high = self.guidance_interval
+        inside = low <= self.steps_done / max(self.num_timesteps, 1) < high
+        scale = self.guidance_scale if self.guides and inside else 1.0
+        return Guidance(scale, self.guidance_rescale)
+
+    def embeds_for(self, rows: int) -> Tensor:
+        """The embeddings for a batch of `rows`: both halves, or the prompted one."""
+        assert self.prompt_embeds is not None
+        if self.prompt_embeds.shape[0] < rows:
+            raise UserError(
+                f"the UNet needs {rows} rows of prompt_embeds and has"
+                f" {self.prompt_embeds.shape[0]}: guidance was turned on during a run that began"
+                " without it, or a callback returned fewer rows"
+            )
+        return self.prompt_embeds[-rows:]
+
+    @property
+    def adapter_scale(self) -> float | None:
+        """The factor on adapter layers that the caller asked for, or None."""
+        return (self.cross_attention_kwargs or {}).get("scale")
+
+
+_this_thread = threading.local()
+_lock = threading.Lock()
+_under_way: WeakKeyDictionary[object, list[Run]] = WeakKeyDictionary()
+
+
+def _runs_of_this_thread() -> WeakKeyDictionary[object, Run]:
+    if not hasattr(_this_thread, "runs"):
+        _this_thread.runs = WeakKeyDictionary()
+    return _this_thread.runs
+
+
+def run_of(pipeline: object) -> Run:
+    """The run of `pipeline` in this thread: the one under way, else the last, else defaults."""
+    return _runs_of_this_thread().setdefault(pipeline, Run())
+
+
+@contextmanager
+def under_way(pipeline: object, run: Run) -> Iterator[Run]:
+    """Within the block, `run` is this thread's run of `pipeline`; a run may start another."""
+    runs = _runs_of_this_thread()
+    outer = runs.get(pipeline)
+    runs[pipeline] = run
+    with _lock:
+        around = outer is not None and outer in _under_way.get(pipeline, [])
+        _under_way.setdefault(pipeline, []).append(run)
+    try:
+        yield run
+    finally:
+        with _lock:
+            _under_way[pipeline] = [each for each in _under_way[pipeline] if each is not run]
+        if around and outer is not None:
+            runs[pipeline] = outer
+
+
+def stop(pipeline: object, value: bool) -> None:
+    """Stop this thread's run; from a thread that has none under way, all runs of `pipeline`."""
+    own = run_of(pipeline)
+    with _lock:
+        every = _under_way.get(pipeline, [])
+        for run in [own] if any(each is own for each in every) else [own, *every]:
+            run.interrupt = value
+
+
+class LiveValues:
+    """The names under which stock pipelines show, and let callbacks change, a run's values."""
+
+    @property
+    def guidance_scale(self) -> float:
+        """How strongly the prompt pulls."""
+        return run_of(self).guidance_scale
+
+    @property
+    def _guidance_scale(self) -> float:
+        return run_of(self).guidance_scale
+
+    @_guidance_scale.setter
+    def _guidance_scale(self, value: float) -> None:
+        run_of(self).guidance_scale = value
+
+    @property
+    def guidance_rescale(self) -> float:
+        """How much of the guided answer's contrast is set back."""
+        return run_of(self).guidance_rescale
+
+    @property
+    def _guidance_rescale(self) -> float:
+        return run_of(self).guidance_rescale
+
+    @_guidance_rescale.setter
+    def _guidance_rescale(self, value: float) -> None:
+        run_of(self).guidance_rescale = value
+
+    @property
+    def clip_skip(self) -> int | None:
+        """How many of the text encoder's last layers were left out."""
+        return run_of(self).clip_skip
+
+    @property
+    def cross_attention_kwargs(self) -> Mapping[str, Any] | None:
+        """What the attention layers were given."""
+        return run_of(self).cross_attention_kwargs
+
+    @property
+    def do_classifier_free_guidance(self) -> bool:
+        """Whether guidance is on."""
+        return run_of(self).guides
+
+    @property
+    def num_timesteps(self) -> int:
+        """How many steps the run has."""
+        return run_of(self).num_timesteps
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether the run was told to stop."""
+        return run_of(self).interrupt
+
+    @property
+    def _interrupt(self) -> bool:
+        return run_of(self).interrupt
+
+    @_interrupt.setter
+    def _interrupt(self, value: bool) -> None:
+        stop(self, value)
