@@ -1,0 +1,35 @@
+"""The picture world: procedural scenes with their pictures, captions, masks and truth."""
+
+from ldm_pipeline.data.world.captions import (
+    VOCABULARY,
+    Description,
+    Mention,
+    describe,
+    hard_negatives,
+    held_out_caption,
+    phrase,
+)
+from ldm_pipeline.data.world.render import masks, render
+from ldm_pipeline.data.world.scene import (
+    COLOURS,
+    HELD_OUT_PAIRS,
+    KINDS,
+    PATTERNS,
+    PLACES,
+    RELATIONS,
+    SIZES,
+    STYLES,
+    Background,
+    Scene,
+    Thing,
+    held_out_pair,
+    sample_scene,
+)
+from ldm_pipeline.data.world.world import SPLITS, Sample, World, caption_of, write_folder
+
+__all__ = [
+    "COLOURS", "HELD_OUT_PAIRS", "KINDS", "PATTERNS", "PLACES", "RELATIONS", "SIZES", "SPLITS",
+    "STYLES", "VOCABULARY", "Background", "Description", "Mention", "Sample", "Scene", "Thing",
+    "World", "caption_of", "describe", "hard_negatives", "held_out_caption", "held_out_pair",
+    "masks", "phrase", "render", "sample_scene", "write_folder",
+]  # fmt: skip
