@@ -1,0 +1,1 @@
+"""Measures: the judge that reads pictures back, accuracies with intervals, and the report."""

@@ -1,0 +1,193 @@
+"""How good a model of the picture world is: it draws, the judge reads, shares are counted.
+
+Prompts come from the world's "test" split (captions that no training ever shows) and from "unseen
+pairs" (kinds in colours that no training ever shows).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from ldm_pipeline.data.world import Description, Sample, World
+from ldm_pipeline.evaluation.judge import Reading, Verdict, agrees, read
+from ldm_pipeline.evaluation.metrics import Share
+from ldm_pipeline.grid import captioned_grid
+from ldm_pipeline.images import to_pictures
+
+FLOORS = {
+    "one thing: kind and colour": 0.95,
+    "background": 0.95,
+    "two things, each with its colour": 0.85,
+    "relation of two things": 0.85,
+    "count, 1 to 4": 0.70,
+    "pairs never seen in training": 0.80,
+    "caption among 100, half of them hard": 0.90,
+}
+"""What a good model of the world reaches; the autoencoder's is `PSNR_FLOOR`."""
+PSNR_FLOOR = 30.0
+UNSEEN_SHARE = 0.4
+RECONSTRUCTED = 200
+GRID = 36
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """One prompt, what was drawn for it, and what the judge says."""
+
+    prompt: str
+    description: Description
+    picture: np.ndarray = field(repr=False, compare=False)
+    reading: Reading
+    verdict: Verdict
+
+
+@dataclass(frozen=True)
+class Report:
+    """The figures of one evaluation; `str` is a table."""
+
+    shares: dict[str, Share]
+    psnr: float
+    settings: dict[str, Any]
+
+    def __str__(self) -> str:
+        lines = [f"{'what':40}{'measured':>9}   95 % interval     trials      floor"]
+        for name, share in self.shares.items():
+            low, high = share.interval
+            floor = f"{FLOORS[name]:.2f}" if name in FLOORS else "-"
+            trials = f"{share.k} of {share.n}"
+            lines.append(
+                f"{name:40}{share.value:9.3f}   [{low:.3f}, {high:.3f}]   {trials:12}{floor}"
+            )
+        lines.append(f"{'autoencoder, PSNR in dB':40}{self.psnr:9.2f}{'':34}{PSNR_FLOOR:.0f}")
+        return "\n".join(lines)
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as plain values."""
+        shares = {
+            name: {**asdict(share), "value": share.value, "interval": share.interval}
+            for name, share in self.shares.items()
+        }
+        return {"settings": self.settings, "shares": shares, "psnr": self.psnr, "floors": FLOORS}
+
+
+def evaluate(
+    pipeline: Any,
+    *,
+    prompts: int = 500,
+    seed: int = 0,
+    steps: int = 25,
+    guidance: float = 7.5,
+    batch_size: int = 16,
+    out: Path | None = None,
+) -> Report:
+    """Draw `prompts` prompts of each split (fewer unseen pairs) and count what came out right.
+
+    `pipeline` is a LatentDiffusionPipeline for 128 x 128 pictures. Picture i is drawn with
+    `seed` + i. With `out`, `report.json` and `grid.png` (failures first) are written there.
+    """
+    tested = [World(seed, "test")[i] for i in range(prompts)]
+    unseen = [World(seed, "unseen pairs")[i] for i in range(max(1, round(prompts * UNSEEN_SHARE)))]
+
+    def draw(samples: Sequence[Sample], what: str) -> list[Drawn]:
+        drawn = []
+        with tqdm(total=len(samples), desc=what, unit="picture") as bar:
+            for first in range(0, len(samples), batch_size):
+                some = samples[first : first + batch_size]
+                pipeline.set_progress_bar_config(disable=True)
+                pictures = pipeline(
+                    [sample.caption for sample in some],
+                    num_inference_steps=steps,
+                    guidance_scale=guidance,
+                    seed=[seed + first + i for i in range(len(some))],
+                    output_type="np",
+                ).images
+                for sample, picture in zip(some, np.round(pictures * 255), strict=True):
+                    drawn.append(judged(sample, picture.astype(np.uint8)))
+                bar.update(len(some))
+        return drawn
+
+    results = draw(tested, "drawing test prompts")
+    fresh = draw(unseen, "drawing unseen pairs")
+    shares = shares_of(results, fresh)
+    folder = Path(str(getattr(pipeline.config, "_name_or_path", "") or "."))
+    if (folder / "clip").is_dir():
+        from ldm_pipeline.evaluation.retrieval import caption_accuracy
+
+        shares["caption among 100, half of them hard"] = caption_accuracy(
+            folder, min(prompts, 300), seed
+        )
+    settings = {"prompts": prompts, "seed": seed, "steps": steps, "guidance": guidance}
+    report = Report(shares, reconstruction_psnr(pipeline.vae, RECONSTRUCTED, seed), settings)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", "utf-8")
+        shown = sorted(results, key=lambda drawn: drawn.verdict.all)[:GRID]
+        images = to_pictures(np.stack([drawn.picture for drawn in shown]) / 255.0)
+        captioned_grid(images, [drawn.prompt for drawn in shown]).save(out / "grid.png")
+    return report
+
+
+def judged(sample: Sample, picture: np.ndarray) -> Drawn:
+    """What the judge makes of a picture drawn for a sample's caption."""
+    reading = read(picture)
+    verdict = agrees(reading, sample.description)
+    return Drawn(sample.caption, sample.description, picture, reading, verdict)
+
+
+def shares_of(results: Sequence[Drawn], fresh: Sequence[Drawn]) -> dict[str, Share]:
+    """The shares of the report from the pictures of the test split and of the unseen pairs."""
+
+    def among(keep: Callable[[Description], bool], kept: Callable[[Verdict], bool]) -> Share:
+        return Share.of(kept(r.verdict) for r in results if keep(r.description))
+
+    return {
+        "one thing: kind and colour": among(
+            lambda d: _counts(d) == [1], lambda v: v.kinds and v.colours
+        ),
+        "background": among(lambda d: d.background is not None, lambda v: v.background),
+        "two things, each with its colour": among(
+            lambda d: _counts(d) == [1, 1], lambda v: v.kinds and v.colours
+        ),
+        "relation of two things": among(lambda d: d.relation is not None, lambda v: v.relation),
+        "count, 1 to 4": _counting(results),
+        "pairs never seen in training": Share.of(r.verdict.colours for r in fresh),
+        "place": among(lambda d: any(m.place for m in d.mentions), lambda v: v.place),
+        "size": among(lambda d: any(m.size for m in d.mentions), lambda v: v.size),
+        "style": among(lambda d: any(m.style for m in d.mentions), lambda v: v.style),
+        "everything the words say": Share.of(r.verdict.all for r in results),
+    }
+
+
+def _counts(description: Description) -> list[int]:
+    return [mention.count for mention in description.mentions]
+
+
+def _counting(results: Sequence[Drawn]) -> Share:
+    """As many prompts for one thing as for two, three and four alike, so that no count is cheap."""
+    by_count: dict[int, list[bool]] = {n: [] for n in (1, 2, 3, 4)}
+    for result in results:
+        if len(result.description.mentions) == 1:
+            by_count[result.description.mentions[0].count].append(result.verdict.count)
+    least = min(len(outcomes) for outcomes in by_count.values())
+    return Share.of(outcome for outcomes in by_count.values() for outcome in outcomes[:least])
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: Any, pictures: int, seed: int) -> float:
+    """Mean PSNR in dB of fresh pictures through the autoencoder; the peak is 255."""
+    world, values = World(seed, "test"), []
+    for first in range(0, pictures, 20):
+        x = np.stack([world[i].picture for i in range(first, min(first + 20, pictures))])
+        tensor = torch.from_numpy(x).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
+        y = vae.decode(vae.encode(tensor).latent_dist.mean).sample.clamp(-1, 1)
+        error = ((y.float() - tensor.float()) / 2).square().flatten(1).mean(dim=1)
+        values += (-10 * torch.log10(error)).tolist()
+    return float(np.mean(values))
