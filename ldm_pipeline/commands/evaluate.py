@@ -1,0 +1,67 @@
+"""`ldm evaluate`: how often a model draws what the words say, by the world's judge."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ldm_pipeline.commands.generate import (
+    GUIDANCE,
+    add_model_arguments,
+    check_place,
+    in_flags,
+    pick_device,
+)
+from ldm_pipeline.commands.outputs import check_folder
+from ldm_pipeline.commands.sources import find, open_pipeline
+from ldm_pipeline.errors import UserError
+from ldm_pipeline.request import Request
+
+PURPOSE = "measure how well a model draws the picture world, with 95 % intervals"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add = parser.add_argument
+    add("--prompts", type=int, default=500, help="prompts for each figure (%(default)s)")
+    add("--seed", type=int, default=0, help="the first picture's seed (%(default)s)")
+    add("--steps", type=int, default=25, help="denoising steps (%(default)s)")
+    add("--guidance", type=float, default=GUIDANCE, help="how strongly to follow (%(default)s)")
+    add("--batch-size", type=int, default=16, help="pictures drawn at once (%(default)s)")
+    add("--out", type=Path, metavar="DIR", help="also write the figures as JSON and a grid there")
+    add_model_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw, judge, and print the figures on stdout."""
+    for name in ("prompts", "batch_size"):
+        if getattr(args, name) < 1:
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag}={getattr(args, name)} must be at least 1")
+    with in_flags():
+        Request(
+            prompt="a red star",
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            seed=args.seed,
+        )
+    check_place(args.device, args.dtype)
+    if args.out is not None:
+        check_folder(args.out)
+    source = find(args.model)
+
+    device, dtype = pick_device(args.device, args.dtype)
+    pipeline = open_pipeline(source, device, dtype)
+
+    from ldm_pipeline.evaluation.report import evaluate
+
+    report = evaluate(
+        pipeline,
+        prompts=args.prompts,
+        seed=args.seed,
+        steps=args.steps,
+        guidance=args.guidance,
+        batch_size=args.batch_size,
+        out=args.out,
+    )
+    print(report)

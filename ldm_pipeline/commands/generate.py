@@ -1,0 +1,296 @@
+"""`ldm generate`: pictures from words.
+
+Every picture is drawn by itself, with its own seed: so each file's recipe is complete, and the
+command that `ldm show` prints gives the same bytes, whether the picture was drawn alone or as
+one of a hundred. Each file appears complete or not at all, as soon as it is drawn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+import secrets
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm_pipeline.commands.outputs import check_picture
+from ldm_pipeline.commands.sources import BUNDLED, find, open_pipeline
+from ldm_pipeline.errors import UserError, choose
+from ldm_pipeline.metadata import Recipe, installed_versions, save_png
+from ldm_pipeline.request import SAMPLER_NAMES, Request
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ldm_pipeline.pipeline import LatentDiffusionPipeline
+
+PURPOSE = "draw pictures from words"
+
+DTYPES = ("float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+GUIDANCE = 7.5
+"""How strongly pictures follow the words, unless --guidance says otherwise."""
+
+FLAGS = {
+    "num_inference_steps": "--steps",
+    "num_images_per_prompt": "--n",
+    "guidance_scale": "--guidance",
+    "height": "--height",
+    "width": "--width",
+    "sampler": "--sampler",
+    "seed": "--seed",
+}
+"""The command's name for each choice of a `Request`."""
+
+Say = Callable[[str], None]
+"""Where progress goes: stderr, or nowhere."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One picture to draw, and the file that it goes to (None inside a grid)."""
+
+    prompt: str
+    seed: int
+    file: Path | None
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    add = parser.add_argument
+    add("prompt", nargs="*", help="what to draw; several prompts give several files, numbered")
+    add("-o", "--output", type=Path, metavar="FILE.png", help="where to write (named by the words)")
+    add("--prompts", type=Path, metavar="FILE", help="read prompts from a text file, one a line")
+    add("--negative", metavar="TEXT", help="what to keep out of the picture")
+    add("--n", type=int, default=1, help="pictures for each prompt (%(default)s)")
+    add("--grid", action="store_true", help="one captioned picture instead of several files")
+    add(
+        "--seed",
+        type=int,
+        help="the first picture's seed, from which the next ones count on (random)",
+    )
+    add("--steps", type=int, default=25, help="denoising steps (%(default)s)")
+    add(
+        "--guidance",
+        type=float,
+        default=GUIDANCE,
+        help="how strongly to follow the words (%(default)s)",
+    )
+    add("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLER_NAMES)} (the model's own)")
+    add("--height", type=int, help="pixels, a multiple of 8 (the model's own)")
+    add("--width", type=int, help="pixels, a multiple of 8 (the model's own)")
+    add_model_arguments(parser)
+    add("--quiet", action="store_true", help="print nothing but the files' names")
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare which model to use, where and how precisely; `evaluate` takes the same."""
+    add = parser.add_argument
+    add("--model", default=BUNDLED, help="a folder in Diffusers layout, or a hub id (%(default)s)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, mps or xpu; auto takes a GPU if any")
+    add("--dtype", default="auto", help=f"one of {', '.join(DTYPES)}; auto is float32 on a CPU")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Draw, write the files and print their names on stdout."""
+    prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
+    if not prompts:
+        raise UserError('nothing to draw: give a prompt, as in ldm generate "a red star"')
+    seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+    check_drawing(args, prompts, seed)
+    jobs = plan(args, prompts, seed)
+    source = find(args.model)
+    say: Say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
+    if source.bundled:
+        warn_of_unknown_words([*prompts, *([args.negative] if args.negative else [])])
+
+    device, dtype = pick_device(args.device, args.dtype)
+    pipeline = open_pipeline(source, device, dtype)
+    pipeline.set_progress_bar_config(disable=args.quiet or len(jobs) > 1 or not sys.stderr.isatty())
+    recipe = Recipe(
+        prompts=tuple(prompts),
+        seed=seed,
+        steps=args.steps,
+        guidance=args.guidance,
+        size=(0, 0),
+        device=device,
+        dtype=dtype,
+        model=args.model,
+        sampler=args.sampler,
+        negative=args.negative,
+        n=args.n,
+        grid=args.grid,
+        versions=installed_versions(),
+    )
+    say(f"seed {seed}, {args.steps} steps, {args.sampler or 'own sampler'}, {device} {dtype}")
+    began = time.perf_counter()
+    pictures = draw(pipeline, jobs, args, say)
+    if args.grid:
+        write_grid(list(pictures), jobs, recipe, check_output(args, prompts))
+    else:
+        for job, picture in zip(jobs, pictures, strict=True):
+            assert job.file is not None
+            alone = replace(recipe, prompts=(job.prompt,), seed=job.seed, n=1)
+            save_png(picture, job.file, replace(alone, size=(picture.height, picture.width)))
+            print(job.file, flush=True)
+    say(f"{len(jobs)} drawn in {time.perf_counter() - began:.1f} s")
+
+
+# What is checked before anything is loaded ------------------------------------------------------
+
+
+def check_drawing(args: argparse.Namespace, prompts: Sequence[str], seed: int) -> None:
+    """Refuse what cannot be drawn: `UserError`, in the words of this command's flags."""
+    with in_flags():
+        Request(
+            prompt=list(prompts),
+            negative_prompt=args.negative,
+            num_images_per_prompt=args.n,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            sampler=args.sampler,
+            height=args.height,
+            width=args.width,
+            seed=seed,
+        )
+    check_place(args.device, args.dtype)
+
+
+@contextmanager
+def in_flags() -> Iterator[None]:
+    """Within the block, a refusal by `Request` names the command's flag instead of the field."""
+    try:
+        yield
+    except UserError as error:
+        name, equals, rest = str(error).partition("=")
+        raise UserError(f"{FLAGS.get(name, name)}{equals}{rest}") from error
+
+
+def check_place(device: str, dtype: str) -> None:
+    """Refuse names of devices and dtypes that do not exist; whether they are here, torch knows."""
+    choose("--dtype", dtype, ("auto", *DTYPES))
+    kind, colon, index = device.partition(":")
+    choose("--device", kind, DEVICES)
+    if colon and not (index.isdecimal() and kind not in ("auto", "cpu")):
+        raise UserError(f"--device={device!r} is not known; name one as in cuda:1")
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The prompts in a text file, one a line; empty lines and # comments are skipped."""
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = "not a text file" if isinstance(error, UnicodeDecodeError) else error.strerror
+        raise UserError(f"cannot read the prompts in {path}: {reason}") from error
+    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not prompts:
+        raise UserError(f"there is no prompt in {path}")
+    return prompts
+
+
+def check_output(args: argparse.Namespace, prompts: Sequence[str]) -> Path:
+    """The file that -o names, or one named after the first prompt; writable, else `UserError`."""
+    if args.output is not None:
+        return check_picture(args.output)
+    words = re.findall(r"\w+", prompts[0].lower())
+    return check_picture(Path(("-".join(words)[:60].strip("-") or "picture") + ".png"))
+
+
+def plan(args: argparse.Namespace, prompts: Sequence[str], seed: int) -> list[Job]:
+    """Every picture of the run in order, prompt by prompt, with consecutive seeds."""
+    output = check_output(args, prompts)
+    wanted = [prompt for prompt in prompts for _ in range(args.n)]
+    if args.grid:
+        return [Job(prompt, seed + k, None) for k, prompt in enumerate(wanted)]
+    if len(wanted) == 1:
+        return [Job(wanted[0], seed, output)]
+    digits = len(str(len(wanted)))
+    files = [output.with_stem(f"{output.stem}-{k + 1:0{digits}}") for k in range(len(wanted))]
+    for file in files:
+        if file.is_dir():
+            raise UserError(f"cannot write {file}: it is a folder")
+    return [Job(p, seed + k, f) for k, (p, f) in enumerate(zip(wanted, files, strict=True))]
+
+
+def warn_of_unknown_words(prompts: Sequence[str]) -> None:
+    """Name on stderr the words that the bundled model never learnt, with the nearest it knows."""
+    from difflib import get_close_matches
+
+    from ldm_pipeline.data.world import VOCABULARY
+
+    known = {word.lower() for word in VOCABULARY}
+    words = dict.fromkeys(word for p in prompts for word in re.findall(r"[^\W\d_]+", p.lower()))
+    for word in words:
+        if word not in known:
+            near = get_close_matches(word, sorted(known), n=3, cutoff=0.6)
+            hint = f"; the nearest it knows: {', '.join(near)}" if near else ""
+            print(f"ldm: the bundled model never learnt {word!r}{hint}", file=sys.stderr)
+
+
+# The drawing --------------------------------------------------------------------------------
+
+
+def pick_device(device: str, dtype: str) -> tuple[str, str]:
+    """The device and dtype to use, "auto" resolved; `UserError` for one that is not here."""
+    import torch
+
+    here = {"cuda": torch.cuda, "mps": torch.backends.mps, "xpu": torch.xpu}
+    kind, _, index = device.partition(":")
+    if kind == "auto":
+        kind = device = next((name for name, part in here.items() if part.is_available()), "cpu")
+    elif kind != "cpu" and not here[kind].is_available():
+        raise UserError(f"--device={device}: torch finds no such device on this machine")
+    elif index and kind == "cuda" and int(index) >= torch.cuda.device_count():
+        raise UserError(f"--device={device}: this machine has {torch.cuda.device_count()}")
+    if dtype == "auto":
+        dtype = "float32" if kind in ("cpu", "mps") else "float16"
+    return device, dtype
+
+
+def draw(
+    pipeline: LatentDiffusionPipeline, jobs: Sequence[Job], args: argparse.Namespace, say: Say
+) -> Iterator[Image]:
+    """The pictures of `jobs`, one after the other, each drawn when it is asked for."""
+    from torch import OutOfMemoryError
+
+    for k, job in enumerate(jobs):
+        if len(jobs) > 1:
+            say(f"{k + 1}/{len(jobs)} {job.prompt}")
+        try:
+            result = pipeline(
+                job.prompt,
+                negative_prompt=args.negative,
+                num_inference_steps=args.steps,
+                guidance_scale=args.guidance,
+                sampler=args.sampler,
+                height=args.height,
+                width=args.width,
+                seed=job.seed,
+            )
+        except OutOfMemoryError as error:
+            raise UserError(
+                "the device has not enough memory for this picture; "
+                "try --dtype float16, or a smaller --height and --width"
+            ) from error
+        yield result.images[0]
+
+
+def write_grid(
+    pictures: Sequence[Image], jobs: Sequence[Job], recipe: Recipe, output: Path
+) -> None:
+    """Write one captioned grid: a row for each prompt where each has several pictures."""
+    from ldm_pipeline.grid import captioned_grid
+
+    several = len(recipe.prompts) > 1 and recipe.n > 1
+    columns = recipe.n if several else math.ceil(math.sqrt(len(jobs)))
+    seeds = recipe.n > 1
+    captions = [f"{job.prompt} (seed {job.seed})" if seeds else job.prompt for job in jobs]
+    size = (pictures[0].height, pictures[0].width)
+    save_png(captioned_grid(pictures, captions, columns), output, replace(recipe, size=size))
+    print(output, flush=True)

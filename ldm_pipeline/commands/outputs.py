@@ -1,0 +1,43 @@
+"""Where results go: checked before any model loads, so that no minute of drawing is lost."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ldm_pipeline.errors import UserError
+from ldm_pipeline.metadata import temporary_name
+
+
+def check_picture(path: Path) -> Path:
+    """`path`, if a PNG can be written there; else a `UserError` that says why not.
+
+    The answer comes from trying: a file in the making is created beside it and removed, since
+    permissions alone do not tell (a read-only disk, a privileged user, a virtual folder).
+    """
+    if path.suffix.lower() != ".png":
+        raise UserError(f"cannot write {path}: give it a name that ends in .png")
+    if path.is_dir():
+        raise UserError(f"cannot write {path}: it is a folder")
+    _check_parent(path)
+    return path
+
+
+def check_folder(path: Path) -> Path:
+    """`path`, if it is missing or an empty folder, and can be made; else a `UserError`."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"cannot write {path}: it is a file, not a folder")
+    if path.is_dir() and any(path.iterdir()):
+        raise UserError(f"cannot write {path}: it is not empty; name a new folder")
+    _check_parent(path)
+    return path
+
+
+def _check_parent(path: Path) -> None:
+    if not path.parent.is_dir():
+        raise UserError(f"cannot write {path}: there is no folder {path.parent}")
+    trial = temporary_name(path)
+    try:
+        trial.open("xb").close()
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
+    trial.unlink(missing_ok=True)

@@ -1,0 +1,97 @@
+"""What `--model` may name: the bundled model, a folder, or a model of the Hugging Face hub.
+
+Nothing is loaded or downloaded here; a name that cannot lead to a model is refused at once.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ldm_pipeline.errors import UserError
+from ldm_pipeline.models import bundled, folders
+
+if TYPE_CHECKING:
+    from ldm_pipeline.pipeline import LatentDiffusionPipeline
+
+BUNDLED = "bundled"
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can be opened: `name` as it was given; `folder` None for a hub id."""
+
+    name: str
+    folder: Path | None
+
+    @property
+    def bundled(self) -> bool:
+        """Whether this is the model that comes with the package."""
+        return self.name == BUNDLED
+
+
+def find(name: str) -> Source:
+    """The model that `name` stands for; `UserError` where there is none.
+
+    A name with one slash is a hub id unless a folder of that name, or of its first half, is
+    here. Offline (HF_HUB_OFFLINE), a hub id has to be in the cache.
+    """
+    if name == BUNDLED:
+        return Source(name, bundled.folder())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        folders.index(folder)
+        return Source(name, folder)
+    if folder.exists():
+        raise UserError(f"{name} is a file; --model takes a folder in Diffusers layout or a hub id")
+    if not HUB_ID.fullmatch(name) or folder.parent.is_dir():
+        raise UserError(f"there is no model folder {name}")
+    if _offline() and cached(name) is None:
+        raise UserError(
+            f"{name} is no folder here, and as a hub id it is not in the cache: "
+            "HF_HUB_OFFLINE forbids downloading it"
+        )
+    return Source(name, None)
+
+
+def cached(hub_id: str) -> Path | None:
+    """The newest snapshot of a hub model in the local cache, or None."""
+    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
+    snapshots = hub / ("models--" + hub_id.replace("/", "--")) / "snapshots"
+    found = [path.parent for path in snapshots.glob(f"*/{folders.INDEX}")]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+
+
+def open_pipeline(source: Source, device: str, dtype: str) -> LatentDiffusionPipeline:
+    """The loaded pipeline on `device`, in `dtype` (names as torch has them).
+
+    Raises `UserError` in one line where the model cannot be loaded, as when the hub cannot be
+    reached or a file is missing.
+    """
+    import diffusers.utils.logging
+    import torch
+    import transformers.utils.logging
+
+    import ldm_pipeline
+
+    # Their bars for parts of a second; the hub's bar for a download stays.
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    place = source.name if source.folder is None else source.folder
+    try:
+        pipeline = ldm_pipeline.load(place, torch_dtype=getattr(torch, dtype))
+    except UserError:
+        raise
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"cannot load {source.name}: {reason}") from error
+    return pipeline.to(device)
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
