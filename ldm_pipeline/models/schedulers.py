@@ -47,6 +47,7 @@ scheduler runs through `StockSampler` like any other.
 STOCK_OPTIONS: dict[str, dict[str, Any]] = {
     "dpmpp_2m_sde": {"algorithm_type": "sde-dpmsolver++"},
     "dpmpp_2s": {"lower_order_final": True},  # what it needs to end without noise
+    "pndm": {"skip_prk_steps": True},  # as Stable Diffusion runs it; else it needs 4 steps or more
 }
 """What a name means beyond its class: entries of the scheduler's config."""
 

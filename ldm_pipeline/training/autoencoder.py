@@ -1,0 +1,167 @@
+"""Training of the autoencoder that gives the latents Z: AutoencoderKL, 8 x down, 4 channels.
+
+Legend
+    x, y     picture and its reconstruction, [B, 3, H, W] in [-1, 1]
+    z        latent, [B, 4, H/8, W/8], drawn from N(mean, std²) as the encoder says
+
+The loss is L1 + L1 of the differences between neighbouring pixels (edges) + MSE + a small KL term
+that keeps Z near a unit Gaussian (2112.10752, section 3.1, without the adversarial part: drawn
+shapes have no texture to invent).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Self
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ldm_pipeline.data.world import World
+from ldm_pipeline.training.config import (
+    NonNegative,
+    NonNegativeFloat,
+    Positive,
+    Settings,
+    TrainingConfig,
+    must_divide,
+)
+from ldm_pipeline.training.engine import Batch
+from ldm_pipeline.training.world_data import WorldSettings, as_tensor, fresh_pictures, noise_of
+
+Crop = Annotated[int, Field(gt=0, le=128, multiple_of=8)]
+
+
+class AutoencoderSettings(Settings):
+    """The shape of the network: four levels, each but the last halves the sides."""
+
+    channels: tuple[Positive, Positive, Positive, Positive] = (32, 64, 96, 128)
+    layers_per_block: Positive = 1
+    latent_channels: Positive = 4
+    norm_groups: Positive = 4
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        must_divide("norm_groups", self.norm_groups, channels=self.channels)
+        return self
+
+
+class AutoencoderLossSettings(Settings):
+    """The weights of the loss terms."""
+
+    l1: NonNegativeFloat = 1.0
+    edges: NonNegativeFloat = 1.0
+    mse: NonNegativeFloat = 1.0
+    kl: NonNegativeFloat = 1e-4
+
+
+class AutoencoderConfig(TrainingConfig):
+    """Everything that `train/train_autoencoder.py` reads."""
+
+    model: AutoencoderSettings = AutoencoderSettings()
+    loss: AutoencoderLossSettings = AutoencoderLossSettings()
+    data: WorldSettings = WorldSettings()
+    crop: Crop = 64
+    first_crop: Crop = 32
+    first_steps: NonNegative = 0
+    """How many steps begin on crops of `first_crop`: colours are soon learnt on cheap pieces."""
+
+
+class AutoencoderObjective(nn.Module):
+    """Reconstruct random crops of freshly drawn pictures."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        torch.manual_seed(config.run.seed)
+        levels = len(config.model.channels)
+        self.config = config
+        self.world = World(config.data.seed)
+        self.vae = AutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            block_out_channels=config.model.channels,
+            layers_per_block=config.model.layers_per_block,
+            latent_channels=config.model.latent_channels,
+            norm_num_groups=config.model.norm_groups,
+            mid_block_add_attention=False,
+            sample_size=128,
+        )
+        _begin_well(self.vae)
+
+    def batch(self, positions: range) -> Batch:
+        """Random crops [B, 3, crop, crop] and the latent noise of each."""
+        config = self.config
+        begun = positions.start // config.run.batch_size < config.first_steps
+        side = config.first_crop if begun else config.crop
+        crops = []
+        for position in positions:
+            picture = self.world[position].picture
+            top, left = np.random.default_rng([config.run.seed, position]).integers(
+                0, 128 - side + 1, 2
+            )
+            crops.append(picture[top : top + side, left : left + side])
+        latent = (config.model.latent_channels, side // 8, side // 8)
+        return {"x": as_tensor(crops), "noise": noise_of(positions, latent, config.run.seed)}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The weighted loss and its terms."""
+        x, weights = batch["x"], self.config.loss
+        posterior = self.vae.encode(x).latent_dist
+        z = posterior.mean + posterior.std * batch["noise"]
+        y = self.vae.decode(z).sample.float()
+        error = y - x
+        l1, mse = error.abs().mean(), error.square().mean()
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        kl = posterior.kl().mean() / z[0].numel()
+        loss = weights.l1 * l1 + weights.edges * edges + weights.mse * mse + weights.kl * kl
+        return {"loss": loss, "l1": l1, "edges": edges, "kl": kl}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """PSNR in dB (mean over 64 whole pictures of the test split), and the latents' spread."""
+        x = fresh_pictures(64)
+        device = next(self.vae.parameters()).device
+        values, latents = [], []
+        noise = torch.Generator().manual_seed(0)
+        for part in x.split(16):
+            posterior = self.vae.encode(part.to(device)).latent_dist
+            y = self.vae.decode(posterior.mean).sample.clamp(-1, 1).cpu()
+            values.append(psnr(part, y))
+            latents.append(posterior.sample(noise).cpu())
+        return {
+            "psnr": float(torch.cat(values).mean()),
+            "latent_std": float(torch.cat(latents).std()),
+        }
+
+    @torch.no_grad()
+    def export(self, folder: Path) -> None:
+        """Write the autoencoder; its scaling factor gives latents of unit variance."""
+        scale = 1.0 / self.validate()["latent_std"]
+        self.vae.register_to_config(scaling_factor=round(scale, 5))
+        self.vae.save_pretrained(folder)
+
+
+@torch.no_grad()
+def _begin_well(vae: AutoencoderKL) -> None:
+    """Start where colours pass: torch's own start loses them, and training takes 2 x as long.
+
+    Torch draws filters of variance 1 / (3 inputs) and biases as large; through some ten layers the
+    signal shrinks a hundredfold while biases do not, and group norm then sees biases alone. Filters
+    of variance 1 / inputs without biases keep the signal. The encoder's std begins at exp(-2).
+    """
+    for module in vae.modules():
+        if isinstance(module, nn.Conv2d):
+            module.weight.mul_(3**0.5)
+            assert module.bias is not None
+            module.bias.zero_()
+    latent = vae.config.latent_channels
+    vae.quant_conv.weight[latent:] = 0.0
+    vae.quant_conv.bias[latent:] = -4.0
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of pictures in [-1, 1], in dB, [B]; the peak is 2."""
+    return 10 * torch.log10(4.0 / (x - y).square().flatten(1).mean(dim=1))

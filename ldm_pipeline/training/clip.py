@@ -1,0 +1,193 @@
+"""Contrastive training of the text encoder: a small CLIP, pictures against captions.
+
+Legend
+    B        pictures of a batch, each with one true caption
+    K        hard negatives per picture: captions that differ in one claim (a colour, a kind, a
+             count, a relation turned round), which a bag of words could not tell apart
+    s        the learnt inverse temperature
+
+Each picture picks its caption among all B (1 + K), each caption its picture among all B
+(2103.00020, figure 3; hard negatives as in 2210.01936).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import model_validator
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from ldm_pipeline.data.world import (
+    Description,
+    World,
+    hard_negatives,
+    held_out_caption,
+    phrase,
+)
+from ldm_pipeline.models.text import tokenise
+from ldm_pipeline.training.config import (
+    NonNegative,
+    Positive,
+    Settings,
+    TrainingConfig,
+    must_divide,
+)
+from ldm_pipeline.training.engine import Batch
+from ldm_pipeline.training.tokenizer import train_tokenizer
+from ldm_pipeline.training.world_data import WorldSettings, as_tensor
+
+
+class ClipSettings(Settings):
+    """The shape of both towers."""
+
+    text_width: Positive = 128
+    text_layers: Positive = 4
+    vision_width: Positive = 160
+    vision_layers: Positive = 4
+    heads: Positive = 4
+    patch: Positive = 16
+    projection: Positive = 128
+    length: Positive = 48
+    merges: Positive = 600
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        must_divide("heads", self.heads, widths=(self.text_width, self.vision_width))
+        must_divide("patch", self.patch, side=(128,))
+        return self
+
+
+class ClipConfig(TrainingConfig):
+    """Everything that `train/train_clip.py` reads."""
+
+    model: ClipSettings = ClipSettings()
+    data: WorldSettings = WorldSettings()
+    hard_negatives: NonNegative = 3
+
+
+class ClipObjective(nn.Module):
+    """Pictures and their captions find each other."""
+
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__()
+        torch.manual_seed(config.run.seed)
+        self.config = config
+        self.world = World(config.data.seed)
+        captions = [self.world.told(i)[2] for i in range(20_000)]
+        self.tokenizer = train_tokenizer(captions, config.model.merges, config.model.length)
+        self.clip = CLIPModel(_clip_config(config.model, self.tokenizer))
+
+    def batch(self, positions: range) -> Batch:
+        """Pictures, and token ids of 1 + K captions each [B, 1 + K, L]; the first is true."""
+        pictures, captions = [], []
+        for position in positions:
+            sample = self.world[position]
+            rng = np.random.default_rng([self.config.run.seed, 1, position])
+            pictures.append(sample.picture)
+            wrong = wrong_captions(sample.description, rng, self.config.hard_negatives)
+            captions += [sample.caption, *wrong]
+        tokens = tokenise(self.tokenizer, captions, warn=False).input_ids
+        return {
+            "pictures": as_tensor(pictures),
+            "tokens": tokens.view(len(pictures), -1, tokens.shape[-1]),
+        }
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The symmetric contrastive loss, and how often pictures and captions find each other."""
+        pictures, texts = self.embed(batch["pictures"], batch["tokens"].flatten(0, 1))
+        texts = texts.view(*batch["tokens"].shape[:2], -1)
+        true, wrong = texts[:, 0], texts[:, 1:].flatten(0, 1)
+        s = self.clip.logit_scale.clamp(max=4.6).exp()
+        by_picture = s * pictures @ torch.cat([true, wrong]).T
+        by_caption = s * true @ pictures.T
+        wanted = torch.arange(len(pictures), device=pictures.device)
+        loss = (F.cross_entropy(by_picture, wanted) + F.cross_entropy(by_caption, wanted)) / 2
+        own = torch.cat(
+            [by_picture.diagonal()[:, None], s * (texts[:, 1:] @ pictures[:, :, None])[..., 0]], 1
+        )
+        return {
+            "loss": loss,
+            "picks_caption": (by_picture.argmax(1) == wanted).float().mean(),
+            "beats_hard": (own.argmax(1) == 0).float().mean(),
+        }
+
+    def embed(self, pictures: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Unit vectors of pictures [B, 3, 128, 128] and of captions [N, L], in float32."""
+        used = int((tokens != tokens[0, -1]).sum(1).max()) + 1  # what follows is padding
+        seen = self.clip.get_image_features(pixel_values=pictures).pooler_output
+        read = self.clip.get_text_features(input_ids=tokens[:, :used]).pooler_output
+        return F.normalize(seen.float(), dim=-1), F.normalize(read.float(), dim=-1)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The same measures on 256 pictures of the test split, 256 captions and 4 x 256 wrong."""
+        world = World(self.config.data.seed, "test")
+        pictures, captions = [], []
+        for i in range(256):
+            sample = world[i]
+            rng = np.random.default_rng([2, i])
+            pictures.append(sample.picture)
+            wrong = wrong_captions(sample.description, rng, 4, held_out=True)
+            captions += [sample.caption, *wrong]
+        tokens = tokenise(self.tokenizer, captions, warn=False).input_ids
+        device = self.clip.device
+        batch = {"pictures": as_tensor(pictures), "tokens": tokens.view(256, 5, -1)}
+        measures = self({name: value.to(device) for name, value in batch.items()})
+        return {name: float(value) for name, value in measures.items()}
+
+    def export(self, folder: Path) -> None:
+        """Write `clip` (both towers), `text_encoder` and `tokenizer` in their libraries' layout."""
+        self.clip.save_pretrained(folder / "clip")
+        encoder = CLIPTextModel(self.clip.config.text_config)
+        wanted = encoder.state_dict()
+        body = self.clip.text_model.state_dict()
+        encoder.load_state_dict({k: body[k.removeprefix("text_model.")] for k in wanted})
+        encoder.save_pretrained(folder / "text_encoder")
+        self.tokenizer.save_pretrained(folder / "tokenizer")
+
+
+def wrong_captions(
+    description: Description, rng: np.random.Generator, n: int, held_out: bool = False
+) -> list[str]:
+    """`n` captions that are false where `description` is true; held-out ones only if allowed."""
+    wrong: list[str] = []
+    while len(wrong) < n:
+        for other in hard_negatives(description, rng, n - len(wrong)):
+            caption = phrase(other, rng)
+            if held_out or not held_out_caption(caption):
+                wrong.append(caption)
+    return wrong
+
+
+def _clip_config(settings: ClipSettings, tokenizer: CLIPTokenizer) -> CLIPConfig:
+    end = tokenizer.eos_token_id
+    return CLIPConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": settings.text_width,
+            "intermediate_size": 4 * settings.text_width,
+            "num_hidden_layers": settings.text_layers,
+            "num_attention_heads": settings.heads,
+            "max_position_embeddings": settings.length,
+            "projection_dim": settings.projection,
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": end,
+            "pad_token_id": end,
+        },
+        vision_config={
+            "hidden_size": settings.vision_width,
+            "intermediate_size": 4 * settings.vision_width,
+            "num_hidden_layers": settings.vision_layers,
+            "num_attention_heads": settings.heads,
+            "image_size": 128,
+            "patch_size": settings.patch,
+            "projection_dim": settings.projection,
+        },
+        projection_dim=settings.projection,
+        attn_implementation="eager",
+    )

@@ -1,0 +1,201 @@
+"""What a training run is told: YAML and command-line overrides, checked before anything loads.
+
+Every field is typed, documented by its description and closed: a key that no field has is refused
+with the nearest name. `parse(Config, argv)` reads
+
+    --config FILE                 a YAML file with any of the fields
+    --section.key VALUE           an override of one field (also --section.key=VALUE)
+    --help                        the fields, their types and defaults
+
+and returns a frozen value. Nothing is read from the environment.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ldm_pipeline.errors import UserError, nearest
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+NO_YAML = (yaml.YAMLError, ValueError, RecursionError)
+"""What the YAML reader raises: dates that no calendar has and endless nesting included."""
+
+
+class Settings(BaseModel):
+    """A frozen group of settings that refuses keys it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OptimiserSettings(Settings):
+    """AdamW and the course of its learning rate: warm up, hold, cool down to zero."""
+
+    lr: PositiveFloat = 1e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    weight_decay: NonNegativeFloat = 0.01
+    eps: PositiveFloat = 1e-8
+    warmup_steps: NonNegative = 100
+    cooldown_steps: NonNegative = 0
+    max_grad_norm: PositiveFloat = 1.0
+    ema_decay: Fraction = Field(default=0.999, description="0: no moving average of weights")
+
+
+class RunSettings(Settings):
+    """Where a run writes, how long it goes on and on what it computes."""
+
+    out: Path = Field(description="folder of the run: checkpoints, logs and the final model")
+    seed: NonNegative = 0
+    steps: Positive = 1000
+    batch_size: Positive = Field(default=64, description="samples of one update, in all")
+    accumulation: Positive = Field(default=1, description="pieces of a process's share")
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    compile: bool = Field(default=False, description="torch.compile it; pays on long runs")
+    workers: NonNegative = Field(default=1, description="processes that prepare batches")
+    log_every: Positive = 50
+    validate_every: Positive = 1000
+    save_every: Positive = 500
+    keep_checkpoints: Positive = 2
+
+
+def must_divide(name: str, value: int, **multiples: Sequence[int]) -> None:
+    """Raise ValueError where `value` does not divide all numbers of each named sequence."""
+    for other, numbers in multiples.items():
+        if any(number % value for number in numbers):
+            told = ", ".join(map(str, numbers))
+            raise ValueError(f"{name}={value} must divide {other}={told}")
+
+
+class TrainingConfig(Settings):
+    """What every training run has; each kind of training adds its own sections."""
+
+    run: RunSettings
+    optimiser: OptimiserSettings = OptimiserSettings()
+
+
+Config = TypeVar("Config", bound=TrainingConfig)
+
+
+def parse(config: type[Config], argv: Sequence[str] | None = None) -> Config:
+    """The configuration that a command line describes; raises UserError with the key to change."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    source: str | None = None
+    values: dict[str, Any] = {}
+    overrides: list[tuple[str, str]] = []
+    while arguments:
+        flag = arguments.pop(0)
+        if not flag.startswith("--"):
+            raise UserError(f"{flag!r} is no option; write --config FILE or --section.key VALUE")
+        key, equals, value = flag[2:].partition("=")
+        if key == "help":
+            print("\n".join(["--config FILE", *_described(config)]))
+            sys.exit(0)
+        if not equals:
+            if not arguments:
+                raise UserError(f"--{key} needs a value")
+            value = arguments.pop(0)
+        if key == "config":
+            source, values = value, read_yaml(Path(value))
+        else:
+            overrides.append((key, value))
+    for key, value in overrides:
+        _put(values, key, _value(key, value))
+    return validated(config, values, source or "command line", {key for key, _ in overrides})
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file as a dictionary; raises UserError where it is missing or is something else."""
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: cannot be read ({error})") from error
+    except NO_YAML as error:
+        raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: must hold sections with keys, not {type(values).__name__}")
+    return values
+
+
+def validated(
+    config: type[Config],
+    values: Mapping[str, Any],
+    source: str,
+    overridden: Collection[str] = (),
+) -> Config:
+    """`values` as a `config`; a UserError names the first wrong key, and the nearest known one.
+
+    `source` is where the values are from, but for the keys that the command line `overridden`.
+    """
+    try:
+        return config.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"])
+        source = "command line" if key in overridden else source
+        if first["type"] == "extra_forbidden":
+            known = _keys_beside(config, first["loc"])
+            match = nearest(str(first["loc"][-1]), known)
+            hint = f"did you mean {match!r}?" if match else f"known: {', '.join(sorted(known))}"
+            raise UserError(f"{source}: unknown key {key!r} ({hint})") from error
+        if first["type"] == "missing":
+            raise UserError(f"{source}: {key!r} is missing") from error
+        raise UserError(f"{source}: {key}={first['input']!r}: {first['msg']}") from error
+
+
+def write_yaml(config: TrainingConfig, path: Path) -> None:
+    """Write the resolved configuration, defaults included, so that a run can be told again."""
+    path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), "utf-8")
+
+
+def _described(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """A line for each field of a section: its flag, default, and what it is for."""
+    lines = []
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            lines += _described(inner, f"{prefix}{name}.")
+            continue
+        default = "required" if field.is_required() else repr(field.default)
+        lines.append(f"--{prefix}{name:<28} {default:<24} {field.description or ''}".rstrip())
+    return lines
+
+
+def _value(key: str, text: str) -> Any:
+    """What an override's text says, read as YAML; the empty text stands for itself."""
+    try:
+        return yaml.safe_load(text) if text else ""
+    except NO_YAML as error:
+        why = " ".join(str(error).split())
+        raise UserError(f"--{key}: {text!r} is not YAML ({why})") from error
+
+
+def _put(values: dict[str, Any], key: str, value: Any) -> None:
+    """Set the dotted `key` in nested dictionaries."""
+    *sections, name = key.split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise UserError(f"--{key}: {section!r} is a value, not a section")
+        values = inner
+    values[name] = value
+
+
+def _keys_beside(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+    """The keys that the section at loc[:-1] knows."""
+    for part in loc[:-1]:
+        field = model.model_fields.get(str(part))
+        inner = field.annotation if field else None
+        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+            return []
+        model = inner
+    return list(model.model_fields)

@@ -1,0 +1,90 @@
+"""The model that comes with the package: whole, small, safe, and it draws what the words say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from ldm_pipeline import LatentDiffusionPipeline
+from ldm_pipeline.data.world import World
+from ldm_pipeline.evaluation.report import judged
+from ldm_pipeline.models import bundled
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    pipeline = LatentDiffusionPipeline.bundled()
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_it_is_small_and_holds_no_pickles() -> None:
+    files = [file for file in bundled.folder().rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) <= 32_000_000
+    assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt", ".md"}
+
+
+def test_stock_diffusers_draws_the_same_picture_from_it(pipe: Any) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    stock = StableDiffusionPipeline.from_pretrained(bundled.folder(), torch_dtype=torch.float32)
+    stock.set_progress_bar_config(disable=True)
+    settings: dict[str, Any] = {"num_inference_steps": 4, "output_type": "np"}
+    ours = pipe("a red star", generator=torch.Generator().manual_seed(3), **settings).images
+    theirs = stock("a red star", generator=torch.Generator().manual_seed(3), **settings).images
+    assert np.array_equal(ours, theirs)
+
+
+def test_the_same_seed_is_the_same_picture_in_any_company(pipe: Any) -> None:
+    alone = pipe("two blue fish", num_inference_steps=6, seed=5, output_type="np").images[0]
+    beside = pipe(
+        ["a house", "two blue fish"], num_inference_steps=6, seed=[9, 5], output_type="np"
+    ).images[1]
+    # Matrix products of another batch size round differently; a step of a picture is 1 / 255.
+    assert np.abs(alone - beside).max() < 1 / 255
+
+
+def test_it_draws_what_unseen_captions_say(pipe: Any) -> None:
+    """The shares of `ldm evaluate` on a small sample, against bars far below the measured ones."""
+    world = World(99, "test")
+    samples = [world[i] for i in range(48)]
+    drawn = []
+    for first in range(0, len(samples), 16):
+        some = samples[first : first + 16]
+        pictures = pipe(
+            [sample.caption for sample in some],
+            num_inference_steps=15,
+            guidance_scale=4.0,
+            seed=list(range(first, first + len(some))),
+            output_type="np",
+        ).images
+        drawn += [
+            judged(sample, np.round(picture * 255).astype(np.uint8))
+            for sample, picture in zip(some, pictures, strict=True)
+        ]
+    backgrounds = [d.verdict.background for d in drawn if d.description.background is not None]
+    counts = [d.verdict.count for d in drawn]
+    assert np.mean(backgrounds) > 0.75
+    assert np.mean(counts) > 0.5
+
+
+def test_the_model_card_shows_the_figures_that_were_measured() -> None:
+    card = (bundled.folder() / "README.md").read_text("utf-8")
+    for name in ("one thing: kind and colour", "relation of two things", "PSNR"):
+        assert name in card
+    assert "Not measured" not in card
+
+
+def test_its_vocabulary_is_a_clip_tokenizer_s() -> None:
+    from transformers import CLIPTokenizer
+
+    tokenizer = CLIPTokenizer.from_pretrained(bundled.folder() / "tokenizer")
+    ids = tokenizer("a red star above a blue house").input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "a red star above a blue house"
+    settings = json.loads(Path(bundled.folder() / "text_encoder/config.json").read_text("utf-8"))
+    assert settings["max_position_embeddings"] == tokenizer.model_max_length

@@ -1,0 +1,80 @@
+"""The notebooks run from top to bottom on the bundled model, and show what they set out to show.
+
+They are kept without outputs, so what a reader sees is what this test has seen happen.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import numpy as np
+import pytest
+from nbclient import NotebookClient
+from PIL import Image
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+
+SHOWS = re.compile(r"^(plt\.show|sheet)\(", re.MULTILINE)
+"""Such a line, not inside a function, puts a picture on the page."""
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request: pytest.FixtureRequest) -> Any:
+    """Each notebook as it lies in the folder."""
+    return nbformat.read(request.param, as_version=4)
+
+
+def code_cells(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def pictures(cell: Any) -> list[np.ndarray]:
+    """The pictures that a cell put out, each [H, W, 3]."""
+    found = [output.get("data", {}).get("image/png") for output in cell.outputs]
+    decoded = [base64.b64decode(png) for png in found if png]
+    return [np.asarray(Image.open(io.BytesIO(png)).convert("RGB")) for png in decoded]
+
+
+def printed(cell: Any) -> str:
+    return "".join(o.text for o in cell.outputs if o.get("name") == "stdout")
+
+
+def test_there_are_notebooks() -> None:
+    assert NOTEBOOKS
+
+
+def test_a_notebook_is_kept_clean(notebook: Any) -> None:
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec.name == "python3"
+    for cell in code_cells(notebook):
+        assert cell.outputs == []
+        assert cell.execution_count is None
+
+
+def test_a_notebook_runs_and_shows_its_pictures(
+    notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No cell fails (nbclient raises), and each that should show something does."""
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path))  # a reader's own start-up files stay out
+    monkeypatch.delenv("MPLBACKEND", raising=False)
+    where = {"metadata": {"path": str(tmp_path)}}
+    NotebookClient(notebook, kernel_name="python3", timeout=240, resources=where).execute()
+
+    showing = [cell for cell in code_cells(notebook) if SHOWS.search(cell.source)]
+    assert len(showing) >= 8
+    for cell in showing:
+        assert pictures(cell), f"no picture from:\n{cell.source}"
+    for cell in code_cells(notebook):
+        for picture in pictures(cell):
+            assert picture.std() > 1, f"a blank picture from:\n{cell.source}"
+    said = "".join(printed(cell) for cell in code_cells(notebook))
+    assert "the same latents as by hand: True" in said
+    # 1e-5 is what a batch may change by rounding (fp32 latents); the decoder stays in that order.
+    difference = re.search(r"largest difference: (\S+),", said)
+    assert difference is not None
+    assert float(difference[1]) < 1e-4

@@ -1,0 +1,146 @@
+"""Settings: what YAML and the command line say is what a run gets, and every mistake is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from ldm_pipeline.errors import UserError
+from ldm_pipeline.training.autoencoder import AutoencoderConfig
+from ldm_pipeline.training.clip import ClipConfig
+from ldm_pipeline.training.config import TrainingConfig, parse, write_yaml
+from ldm_pipeline.training.latent_diffusion import LatentDiffusionConfig
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+KINDS: dict[str, type[TrainingConfig]] = {
+    "autoencoder": AutoencoderConfig,
+    "clip": ClipConfig,
+    "unet": LatentDiffusionConfig,
+}
+SHIPPED = [p for p in sorted(CONFIGS.glob("*.yaml")) if "run" in yaml.safe_load(p.read_text())]
+
+
+def written(folder: Path, text: str) -> str:
+    """A YAML file with this text."""
+    path = folder / "some.yaml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.name)
+def test_every_shipped_config_is_read(path: Path) -> None:
+    """By the class that its name begins with, and the values are those of the file."""
+    config = parse(KINDS[path.stem.partition("_")[0]], ["--config", str(path)])
+    told = yaml.safe_load(path.read_text())
+    assert config.run.steps == told["run"]["steps"]
+    assert config.optimiser.lr == told["optimiser"]["lr"]
+
+
+def test_there_are_shipped_configs_of_every_kind() -> None:
+    assert {path.stem.partition("_")[0] for path in SHIPPED} == KINDS.keys()
+
+
+def test_the_command_line_wins_over_the_file_in_any_order(tmp_path: Path) -> None:
+    path = written(tmp_path, "run: {out: a, steps: 3}\noptimiser: {lr: 0.5}")
+    for arguments in (
+        ["--config", path, "--run.steps", "7", "--optimiser.lr=1e-3"],
+        ["--run.steps=7", "--optimiser.lr", "1e-3", f"--config={path}"],
+    ):
+        config = parse(TrainingConfig, arguments)
+        assert (config.run.out, config.run.steps, config.optimiser.lr) == (Path("a"), 7, 1e-3)
+        assert config.run.batch_size == 64  # what nobody mentions has its default
+
+
+def test_overrides_alone_are_enough() -> None:
+    config = parse(TrainingConfig, ["--run.out", "x", "--optimiser.betas", "[0.5, 0.6]"])
+    assert config.optimiser.betas == (0.5, 0.6)
+
+
+def test_a_written_config_is_read_back_the_same(tmp_path: Path) -> None:
+    config = parse(ClipConfig, ["--run.out", "x", "--run.steps", "9", "--model.heads", "2"])
+    write_yaml(config, tmp_path / "config.yaml")
+    assert parse(ClipConfig, ["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_settings_are_frozen() -> None:
+    config = parse(TrainingConfig, ["--run.out", "x"])
+    for value, name in ((config, "run"), (config.run, "steps"), (config.optimiser, "lr")):
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(value, name, 1)
+
+
+OUT = ["--run.out", "x"]
+
+ON_THE_COMMAND_LINE = {
+    "a word": (["steps"], "'steps' is no option"),
+    "no value": (["--run.steps"], "--run.steps needs a value"),
+    "no file": (["--config", "absent.yaml"], "absent.yaml: cannot be read"),
+    "missing key": ([], "'run' is missing"),
+    "missing inner key": (["--run.steps", "1"], "'run.out' is missing"),
+    "unknown key": ([*OUT, "--optimiser.learning_rat", "1"], "unknown key"),
+    "section for a value": ([*OUT, "--run.steps=1", "--run.steps.more=1"], "'steps' is a value"),
+    "value for a section": ([*OUT, "--optimiser", "1"], "optimiser=1: "),
+    "wrong type": ([*OUT, "--run.steps", "many"], "run.steps='many': "),
+    "fraction for a count": ([*OUT, "--run.steps", "1.5"], "run.steps=1.5: "),
+    "zero": ([*OUT, "--run.steps", "0"], "run.steps=0: "),
+    "negative": ([*OUT, "--run.seed", "-1"], "run.seed=-1: "),
+    "NaN": ([*OUT, "--optimiser.lr", ".nan"], "optimiser.lr=nan: "),
+    "infinite": ([*OUT, "--optimiser.max_grad_norm", ".inf"], "optimiser.max_grad_norm=inf: "),
+    "above one": ([*OUT, "--optimiser.ema_decay", "1.5"], "optimiser.ema_decay=1.5: "),
+    "no choice": ([*OUT, "--run.mixed_precision", "fp8"], "run.mixed_precision='fp8': "),
+    "empty": ([*OUT, "--run.steps="], "run.steps='': "),
+    "no YAML": ([*OUT, "--run.steps", "[1"], "--run.steps: '[1' is not YAML"),
+    "no date": ([*OUT, "--run.steps", "2024-13-45"], "--run.steps: '2024-13-45' is not YAML"),
+    "too deep": ([*OUT, "--run.steps", "[" * 1000], "is not YAML"),
+    "short pair": ([*OUT, "--optimiser.betas", "[0.9]"], "optimiser.betas"),
+}
+
+
+@pytest.mark.parametrize("case", ON_THE_COMMAND_LINE)
+def test_mistakes_on_the_command_line(case: str) -> None:
+    arguments, said = ON_THE_COMMAND_LINE[case]
+    with pytest.raises(UserError) as caught:
+        parse(TrainingConfig, arguments)
+    assert said in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+IN_A_FILE = {
+    "unknown key": ("run: {out: x}\noptimiser: {wieght_decay: 1}", "did you mean 'weight_decay'?"),
+    "unknown section": ("run: {out: x}\noptimizer: {lr: 1}", "did you mean 'optimiser'?"),
+    "nothing near": ("run: {out: x, zzz: 1}", "known: "),
+    "wrong range": ("run: {out: x, batch_size: 0}", "run.batch_size=0: "),
+    "no mapping": ("- 1\n- 2", "must hold sections with keys, not list"),
+    "nothing": ("", "must hold sections with keys, not NoneType"),
+    "no YAML": ("run: {out: x", "is not YAML"),
+    "an object": ("run: !!python/object/apply:os.getcwd []", "is not YAML"),
+    "a number as key": ("run: {out: x}\n1: 2", "1"),
+    "empty section": ("run:", "run=None: "),
+}
+
+
+@pytest.mark.parametrize("case", IN_A_FILE)
+def test_mistakes_in_a_file(case: str, tmp_path: Path) -> None:
+    """Each names the file."""
+    text, said = IN_A_FILE[case]
+    path = written(tmp_path, text)
+    with pytest.raises(UserError) as caught:
+        parse(TrainingConfig, ["--config", path])
+    assert said in str(caught.value)
+    assert path in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "some.yaml").write_bytes(b"\xff\xfe\x00run")
+    with pytest.raises(UserError, match="cannot be read"):
+        parse(TrainingConfig, ["--config", str(tmp_path / "some.yaml")])
+
+
+def test_every_field_can_be_misspelt_but_not_in_silence() -> None:
+    for name in TrainingConfig.model_fields["optimiser"].annotation.model_fields:  # type: ignore[union-attr]  # it is a Settings class
+        with pytest.raises(UserError, match=f"did you mean '{name}'"):
+            parse(TrainingConfig, [*OUT, f"--optimiser.{name}x", "1"])
