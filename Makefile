@@ -27,8 +27,9 @@ lint: $(STAMP)  ## ruff's checks and format, mypy's types
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy
 
-bench: $(STAMP)  ## measure the command's start and a warm picture on this machine
-	@$(PY) benchmarks/cli_latency.py $(ARGS)
+bench: $(STAMP)  ## measure the command's start, and pictures against stock diffusers, on this machine
+	@$(PY) benchmarks/cli_latency.py
+	@$(PY) benchmarks/sampling.py
 
 setup: $(STAMP)  ## only make .venv and install into it
 

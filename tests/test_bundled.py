@@ -49,28 +49,23 @@ def test_the_same_seed_is_the_same_picture_in_any_company(pipe: Any) -> None:
     assert np.abs(alone - beside).max() < 1 / 255
 
 
-def test_it_draws_what_unseen_captions_say(pipe: Any) -> None:
-    """The shares of `ldm evaluate` on a small sample, against bars far below the measured ones."""
+def test_it_draws_the_backgrounds_that_unseen_captions_ask_for(pipe: Any) -> None:
+    """The share of `ldm evaluate` on a small sample; the model card has all that was measured."""
     world = World(99, "test")
-    samples = [world[i] for i in range(48)]
-    drawn = []
-    for first in range(0, len(samples), 16):
-        some = samples[first : first + 16]
-        pictures = pipe(
-            [sample.caption for sample in some],
-            num_inference_steps=15,
-            guidance_scale=4.0,
-            seed=list(range(first, first + len(some))),
-            output_type="np",
-        ).images
-        drawn += [
-            judged(sample, np.round(picture * 255).astype(np.uint8))
-            for sample, picture in zip(some, pictures, strict=True)
-        ]
-    backgrounds = [d.verdict.background for d in drawn if d.description.background is not None]
-    counts = [d.verdict.count for d in drawn]
-    assert np.mean(backgrounds) > 0.75
-    assert np.mean(counts) > 0.5
+    samples = [s for s in map(world.__getitem__, range(80)) if s.description.background][:24]
+    pictures = pipe(
+        [sample.caption for sample in samples],
+        num_inference_steps=25,
+        guidance_scale=4.0,
+        seed=list(range(24)),
+        output_type="np",
+    ).images
+    right = [
+        judged(sample, np.round(picture * 255).astype(np.uint8)).verdict.background
+        for sample, picture in zip(samples, pictures, strict=True)
+    ]
+    # A model with a true share of 0.9 falls to 17 of 24 in one sample of a hundred.
+    assert sum(right) >= 17
 
 
 def test_the_model_card_shows_the_figures_that_were_measured() -> None:

@@ -34,7 +34,7 @@ PURPOSE = "draw pictures from words"
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
-GUIDANCE = 7.5
+GUIDANCE = 4.0
 """How strongly pictures follow the words, unless --guidance says otherwise."""
 
 FLAGS = {

@@ -82,6 +82,8 @@ def open_pipeline(source: Source, device: str, dtype: str) -> LatentDiffusionPip
     # Their bars for parts of a second; the hub's bar for a download stays.
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    # That torchvision is missing concerns nobody here: the pipeline makes its tensors itself.
+    transformers.utils.logging.set_verbosity_error()
     place = source.name if source.folder is None else source.folder
     try:
         pipeline = ldm_pipeline.load(place, torch_dtype=getattr(torch, dtype))

@@ -111,7 +111,7 @@ artwork and no text by other people took part.
 {figures}
 ## Limits
 
-It knows 172 words and nothing outside its world; the command names words that it never learnt.
-Small things and more than two different things come out worst. It cannot draw text, people or
-photographs.
+It knows 172 words and nothing outside its world; the command names words that it never learnt. It
+cannot draw text, people or photographs. Where a share above lies far below its floor, training was
+too short, and pictures do not yet show what the words say in that respect.
 """

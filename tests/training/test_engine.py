@@ -149,6 +149,15 @@ def test_a_damaged_checkpoint_costs_only_its_interval(
     assert [path.name for path in newest.parent.iterdir()] == [newest.name]
 
 
+@pytest.fixture
+def ctrl_c_works() -> Iterator[None]:
+    """Ctrl-C ends a process as usual; one that a shell started in the background ignores it."""
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, kept)
+
+
+@pytest.mark.usefixtures("ctrl_c_works")
 def test_a_second_signal_ends_at_once_and_handlers_come_back(tmp_path: Path) -> None:
     config = settings(tmp_path)
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
