@@ -106,6 +106,10 @@ artwork and no text by other people took part.
     accelerate launch train/train_clip.py --config configs/clip_tiny.yaml
     accelerate launch train/train_unet.py --config configs/unet_tiny.yaml
 
+On two CPU cores, as two processes of one thread each. CLIP was stopped early (`--run.steps 400
+--optimiser.cooldown_steps 100`, 26,000 pictures); the autoencoder saw 70,000 crops (its first 2700
+steps with a cool-down of their own), the UNet 128,000 samples.
+
 ## Figures
 
 {figures}
