@@ -146,7 +146,7 @@ class AutoencoderObjective(nn.Module):
 
 @torch.no_grad()
 def _begin_well(vae: AutoencoderKL) -> None:
-    """Start where colours pass: torch's own start loses them, and training takes 2 x as long.
+    """Start where colours pass: torch's own start loses them (loss 0.76, not 0.50, in 300 steps).
 
     Torch draws filters of variance 1 / (3 inputs) and biases as large; through some ten layers the
     signal shrinks a hundredfold while biases do not, and group norm then sees biases alone. Filters

@@ -90,7 +90,7 @@ pipeline can be tried, tested and taught on a laptop, with no network and no gra
 | `text_encoder`, `tokenizer` | CLIP text model, own byte-pair vocabulary, 48 tokens | 0.9 M |
 | `unet` | UNet2DConditionModel, cross-attention, v-prediction | 9 M |
 | `scheduler` | DDIM on DDPM's linear schedule, trailing spacing | |
-| `clip` | the contrastive text and vision towers the text encoder began from | 2.6 M |
+| `clip` | the contrastive text and vision towers the text encoder began from | 2.3 M |
 
 Weights are stored in 16 bits.
 

@@ -245,8 +245,8 @@ def _unet(settings: UnetSettings, text_channels: int) -> UNet2DConditionModel:
         norm_num_groups=settings.norm_groups,
     )
     if not torch.cuda.is_available():
-        # On a CPU the fused attention's backward in bf16 takes 24 % of the step; plain matrix
-        # products do it in 2 %, and the step is 1.5 x faster.
+        # On a CPU the fused attention's backward in bf16 takes 24 % of the step; with plain matrix
+        # products a step is 1.5 x faster (109 samples/s instead of 70, on 2 cores).
         unet.set_attn_processor(AttnProcessor())
     return unet
 
