@@ -1,43 +1,227 @@
-"""`ldm dataset world`: the procedural picture world as an ordinary folder of captioned images."""
+"""`ldm dataset world`, `concept`, `check`: write a folder of captioned pictures, or look at one.
+
+Each kind is one `Kind` in `KINDS`: its flags with their defaults, and the function that does it.
+All kinds share one parser, so that arguments may come in any order; a flag that another kind takes
+is refused by name.
+"""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ldm_pipeline.commands.outputs import check_folder
-from ldm_pipeline.errors import UserError, choose
+from ldm_pipeline.errors import UserError, choose, suggestion
 
-PURPOSE = "write a dataset of captioned pictures"
+PURPOSE = "write a dataset of captioned pictures, or check one"
 
 SPLITS = ("train", "test", "unseen pairs")
+CONCEPTS = ("cactus", "comic")
+
+REQUIRED = object()
+"""In place of a default: the flag has to be given."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One thing that `ldm dataset` does.
+
+    `defaults` has the kind's flags (without dashes), each with its default or `REQUIRED`;
+    `takes_folder` says whether a dataset is named behind the kind.
+    """
+
+    purpose: str
+    defaults: Mapping[str, object]
+    run: Callable[[argparse.Namespace], None]
+    takes_folder: bool = False
+
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "name": {"help": f"one of {', '.join(CONCEPTS)}"},
+    "out": {"type": Path, "metavar": "DIR", "help": "a new or empty folder"},
+    "n": {"type": int, "help": "number of pictures"},
+    "seed": {"type": int, "help": "another seed gives other pictures"},
+    "split": {"help": f"one of {', '.join(SPLITS)}"},
+    "resolution": {"type": int, "help": "pixels; buckets have at most its square"},
+    "bucket-step": {"type": int, "help": "sides of buckets are multiples of it"},
+    "batch-size": {"type": int, "help": "pictures in a step"},
+    "upscale": {"action": "store_true", "help": "enlarge pictures that are too small"},
+    "alpha-masks": {"action": "store_true", "help": "masks are the pictures' alpha channels"},
+    "tokenizer": {"type": Path, "metavar": "DIR", "help": "count tokens with this CLIP tokenizer"},
+    "strict": {"action": "store_true", "help": "a warning is as bad as an error"},
+}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
-    add = parser.add_argument
-    add("name", help="which dataset: world")
-    add("--out", type=Path, required=True, metavar="DIR", help="a new or empty folder")
-    add("--n", type=int, default=1000, help="number of pictures (%(default)s)")
-    add("--seed", type=int, default=0, help="another seed gives other pictures (%(default)s)")
-    add("--split", default="train", help=f"one of {', '.join(SPLITS)} (%(default)s)")
+    """Declare the command's arguments; what is not given stays out of the namespace."""
+    purposes = "; ".join(f"{name}: {kind.purpose}" for name, kind in KINDS.items())
+    parser.add_argument("kind", help=purposes)
+    parser.add_argument("folder", nargs="?", help="check: a folder, .tar, .parquet or hub id")
+    for flag, declared in FLAGS.items():
+        kinds = {name: kind.defaults[flag] for name, kind in KINDS.items() if flag in kind.defaults}
+        shown = ", ".join(f"{name}{_shown(default)}" for name, default in kinds.items())
+        declared = {**declared, "help": f"{declared['help']} ({shown})"}
+        parser.add_argument(f"--{flag}", default=argparse.SUPPRESS, **declared)
 
 
 def run(args: argparse.Namespace) -> None:
+    """Do what the kind says with its flags; `UserError` for those of another kind."""
+    kind = KINDS[choose("dataset", args.kind, KINDS)]
+    kind.run(_of_kind(args, kind))
+
+
+def _of_kind(args: argparse.Namespace, kind: Kind) -> argparse.Namespace:
+    """What was given, with the kind's defaults for the rest; `UserError` where it does not fit."""
+    given = {name.replace("_", "-"): value for name, value in vars(args).items()}
+    folder = given.pop("folder")
+    del given["kind"]
+    for flag in given:
+        if flag not in kind.defaults:
+            known = [f"--{name}" for name in kind.defaults]
+            raise UserError(
+                f"`ldm dataset {args.kind}` takes no --{flag}, but {', '.join(known)}"
+                f"{suggestion(f'--{flag}', known)}"
+            )
+    values = {**kind.defaults, **given}
+    missing = [f"--{flag}" for flag, value in values.items() if value is REQUIRED]
+    if missing:
+        raise UserError(f"`ldm dataset {args.kind}` needs {', '.join(missing)}")
+    if kind.takes_folder and folder is None:
+        raise UserError(f"`ldm dataset {args.kind}` needs the dataset: `… {args.kind} DIR`")
+    if not kind.takes_folder and folder is not None:
+        raise UserError(f"`ldm dataset {args.kind}` takes no {folder!r}; its folder is --out")
+    named = {flag.replace("-", "_"): value for flag, value in values.items()}
+    return argparse.Namespace(folder=folder, **named)
+
+
+def write_world(args: argparse.Namespace) -> None:
     """Write the pictures and metadata.jsonl, and print the folder on stdout."""
-    choose("dataset", args.name, ("world",))
     choose("--split", args.split, SPLITS)
-    if args.n < 1:
-        raise UserError(f"--n={args.n} must be at least 1")
-    if args.seed < 0:
-        raise UserError(f"--seed={args.seed} must be at least 0")
-    check_folder(args.out)
+    _check_output(args)
 
     from ldm_pipeline.data.world import write_folder
 
+    _write(args, lambda: write_folder(args.out, args.n, args.seed, args.split))
+
+
+def write_concept(args: argparse.Namespace) -> None:
+    """Write the pictures and metadata.jsonl, and print the folder on stdout."""
+    choose("--name", args.name, CONCEPTS)
+    _check_output(args)
+
+    from ldm_pipeline.data.world import concepts
+
+    _write(args, lambda: concepts.write_concept(args.out, args.name, args.n, args.seed))
+
+
+def check_dataset(args: argparse.Namespace) -> None:
+    """Print the report on stdout; leaves with exit code 1 where it found errors."""
+    from ldm_pipeline.data.buckets import aspect_buckets
+
+    _at_least(args, "batch_size", 1)
+    with _in_flags():
+        buckets = aspect_buckets(args.resolution, args.bucket_step, upscale=args.upscale)
+    if args.tokenizer is not None:
+        _check_tokenizer(args.tokenizer)
+
+    from ldm_pipeline.data.check import check
+
+    tokens = None if args.tokenizer is None else _count_with(args.tokenizer)
+    report = check(args.folder, buckets, args.batch_size, tokens, args.alpha_masks)
+    print(report)
+    if report.errors or (args.strict and report.warnings):
+        sys.stdout.flush()
+        raise SystemExit(1)
+
+
+def _check_tokenizer(folder: Path) -> None:
+    """Refuse a folder without a vocabulary: transformers would go on with an empty one."""
+    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise UserError(
+            f"--tokenizer={folder} holds no tokenizer.json or vocab.json; name the folder"
+            " `tokenizer` of a model"
+        )
+
+
+def _count_with(folder: Path) -> Callable[[str], int]:
+    """A function that counts tokens as the CLIP tokenizer in `folder` does."""
+    from transformers import CLIPTokenizer
+
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"--tokenizer={folder} cannot be loaded: {reason}") from error
+    return lambda text: len(tokenizer(text, verbose=False).input_ids)
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    _at_least(args, "n", 1)
+    _at_least(args, "seed", 0)
+    check_folder(args.out)
+
+
+def _write(args: argparse.Namespace, write: Callable[[], Path]) -> None:
+    """Write, tell the time taken on stderr, and print the folder on stdout."""
     began = time.perf_counter()
-    write_folder(args.out, args.n, args.seed, args.split)
+    folder = write()
     print(f"{args.n} pictures in {time.perf_counter() - began:.1f} s", file=sys.stderr)
-    print(args.out)
+    print(folder)
+
+
+def _at_least(args: argparse.Namespace, name: str, least: int) -> None:
+    value = getattr(args, name)
+    if value < least:
+        raise UserError(f"--{name.replace('_', '-')}={value} must be at least {least}")
+
+
+@contextmanager
+def _in_flags() -> Iterator[None]:
+    """Within the block, a refusal by the buckets names the command's flag."""
+    try:
+        yield
+    except UserError as error:
+        name, equals, rest = str(error).partition("=")
+        flag = {"step": "--bucket-step"}.get(name, f"--{name}")
+        raise UserError(f"{flag}{equals}{rest}") from error
+
+
+def _shown(default: object) -> str:
+    """A default for the help: nothing for switches and what has none."""
+    if default is REQUIRED:
+        return ", required"
+    return "" if default is None or default is False else f": {default}"
+
+
+KINDS = {
+    "world": Kind(
+        "write pictures of the procedural world",
+        {"out": REQUIRED, "n": 1000, "seed": 0, "split": "train"},
+        write_world,
+    ),
+    "concept": Kind(
+        "write pictures of something that the bundled model has never seen, to train a LoRA on",
+        {"name": REQUIRED, "out": REQUIRED, "n": 24, "seed": 0},
+        write_concept,
+    ),
+    "check": Kind(
+        "report what is in a dataset and what is wrong with it; exit code 1 for errors",
+        {
+            "resolution": 512,
+            "bucket-step": 64,
+            "batch-size": 1,
+            "upscale": False,
+            "alpha-masks": False,
+            "tokenizer": None,
+            "strict": False,
+        },
+        check_dataset,
+        takes_folder=True,
+    ),
+}

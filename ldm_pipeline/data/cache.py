@@ -1,32 +1,49 @@
-"""Latents computed once: the mean and spread of every picture's latents, in safetensors shards.
+"""What an encoder said, kept: named entries of tensors in safetensors shards.
 
-The autoencoder is a third of a training step's work and always answers the same, so it runs once
-per picture. Mean *and* standard deviation are kept: each step draws a fresh latent from them.
+An encoder is a third of a training step's work and always answers the same, so it runs once per
+picture or caption. Of a picture the mean *and* standard deviation of its latents are kept: each
+step draws a fresh latent from them.
 
 Legend
-    key      hash of everything that the latents depend on; it names the cache's folder
-    shard    a file with `mean` and `std` of up to `SHARD` pictures, [n, C, h, w], float16
+    key      names an entry by everything that decides it (a picture's bytes, how it was cut); the
+             folder of a cache is named by the encoder, see `key_of`
+    entry    a few tensors by name, as {"mean": [C, h, w], "std": [C, h, w]}
+    shard    a file with some hundreds of entries and the CRC-32 of each tensor
 
-An interrupted run goes on with the first missing shard; a shard appears whole or not at all.
+A shard appears whole or not at all, under a name of its own: an interrupted run goes on with what
+is missing, and two writers at once only do some work twice. Whatever is damaged is named and made
+again; what is whole beside it is kept.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
 import os
-from collections.abc import Callable, Mapping
+import time
+import uuid
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-SHARD = 1024
+log = logging.getLogger(__name__)
 
-Encode = Callable[[range], tuple[Tensor, Tensor]]
+MOST_ENTRIES = 1024
+"""Entries of a shard; a shard is also closed after `MOST_SECONDS`, so that little is lost."""
+MOST_SECONDS = 60.0
+SUMS = "crc32"
+
+Entry = dict[str, Tensor]
+Encode = Callable[[Sequence[int]], Sequence[Entry | None]]
 
 
 @dataclass(frozen=True)
@@ -42,7 +59,7 @@ ALONE = Share()
 
 
 def key_of(weights: Mapping[str, Tensor], *facts: object) -> str:
-    """A hash of the encoder's weights and of whatever else decides the latents."""
+    """A hash of the encoder's weights and of whatever else decides its answers."""
     digest = hashlib.sha256(repr(facts).encode())
     for name in sorted(weights):
         digest.update(name.encode())
@@ -50,49 +67,125 @@ def key_of(weights: Mapping[str, Tensor], *facts: object) -> str:
     return digest.hexdigest()[:16]
 
 
-def latents(
-    folder: Path, n: int, encode: Encode, share: Share = ALONE, batch_size: int = 64
-) -> tuple[Tensor, Tensor]:
-    """(mean, std) of pictures 0 … n-1, each [n, C, h, w] in float16; what is missing is encoded.
+class Cache:
+    """The entries of one encoder's folder, read from memory-mapped shards when asked for."""
 
-    `encode(range)` gives both for some pictures. A shard that cannot be read is made again.
-    Several processes each encode their `share` of the shards, and all read the whole.
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._shards: dict[str, Any] = {}
+        self._where: dict[str, tuple[str, list[str]]] = {}
+        for leftover in folder.glob(".*.unfinished"):
+            if time.time() - leftover.stat().st_mtime > 3600:  # of a killed run
+                leftover.unlink(missing_ok=True)
+        self.refresh()
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._where
+
+    def __getitem__(self, key: str) -> Entry:
+        """The entry's tensors; raises KeyError where there is none."""
+        shard, parts = self._where[key]
+        return _entry(self._shards[shard], key, parts)
+
+    def add(self, entries: Mapping[str, Entry]) -> None:
+        """Write the entries as one shard."""
+        if not entries:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{key}/{part}": tensor.detach().cpu().contiguous()
+            for key, entry in entries.items()
+            for part, tensor in entry.items()
+        }
+        sums = {name: _sum(tensor) for name, tensor in tensors.items()}
+        unfinished = self.folder / f".{os.getpid()}.unfinished"
+        save_file(tensors, unfinished, metadata={SUMS: json.dumps(sums)})
+        unfinished.replace(self.folder / f"{uuid.uuid4().hex}.safetensors")
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Find the shards that others wrote; every new one is checked, tensor by tensor."""
+        for path in sorted(self.folder.glob("*.safetensors")):
+            if path.name not in self._shards:
+                self._take(path)
+
+    def _take(self, path: Path) -> None:
+        """Make a shard's entries known; of a damaged one those that are whole, written anew."""
+        try:
+            shard = safe_open(path, framework="pt")
+            entries, damaged = _looked_through(shard)
+        except (OSError, SafetensorError, ValueError, AttributeError) as error:
+            log.warning("%s is damaged and is made again (%s)", path, error)
+            path.unlink(missing_ok=True)
+            return
+        if not damaged:
+            self._shards[path.name] = shard
+            self._where |= {key: (path.name, parts) for key, parts in entries.items()}
+            return
+        told = ", ".join(sorted(damaged)[:3]) + (", …" if len(damaged) > 3 else "")
+        log.warning("%s: %d damaged, made again: %s", path, len(damaged), told)
+        whole = {key: parts for key, parts in entries.items() if key not in damaged}
+        rescued = {key: _entry(shard, key, parts) for key, parts in whole.items()}
+        path.unlink(missing_ok=True)
+        self.add(rescued)
+
+
+def fill(
+    cache: Cache,
+    keys: Sequence[str],
+    encode: Encode,
+    share: Share = ALONE,
+    *,
+    batch_size: int = 64,
+    what: str = "pictures",
+) -> None:
+    """Add the entries of `keys` that are missing; `encode` gives those of some indices of `keys`,
+    None where there is none to be had.
+
+    Several processes each encode their `share`, and all read the whole. Stopped at any moment, the
+    same call goes on from there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    pieces = [range(first, min(first + SHARD, n)) for first in range(0, n, SHARD)]
-    own = pieces[share.rank :: share.processes]
-    total = sum(map(len, own))
-    with tqdm(total=total, desc="encoding pictures", unit="picture", dynamic_ncols=True) as bar:
-        for piece in own:
-            if _read(_path(folder, piece), len(piece)) is None:
-                parts = [
-                    encode(piece[i : i + batch_size]) for i in range(0, len(piece), batch_size)
-                ]
-                means, stds = zip(*parts, strict=True)
-                shard = {"mean": torch.cat(means).half(), "std": torch.cat(stds).half()}
-                unfinished = folder / f".{piece.start}-{os.getpid()}.unfinished"
-                save_file(shard, unfinished)
-                unfinished.replace(_path(folder, piece))
-            bar.update(len(piece))
-    share.wait()
-    shards = [_read(_path(folder, piece), len(piece)) for piece in pieces]
-    whole = [shard for shard in shards if shard is not None]
-    assert len(whole) == len(pieces), "every process encoded its share"
-    return torch.cat([s["mean"] for s in whole]), torch.cat([s["std"] for s in whole])
-
-
-def _path(folder: Path, piece: range) -> Path:
-    return folder / f"latents-{piece.start:08d}-{piece.stop:08d}.safetensors"
-
-
-def _read(path: Path, n: int) -> dict[str, Tensor] | None:
-    """A shard of `n` pictures, or None where it is missing or damaged."""
-    if not path.is_file():
-        return None
+    first = {key: index for index, key in reversed(list(enumerate(keys)))}
+    mine = sorted(first.values())[share.rank :: share.processes]
+    own = [index for index in mine if keys[index] not in cache]
+    pending: dict[str, Entry] = {}
+    began = time.monotonic()
     try:
-        shard = load_file(path)
-    except (OSError, SafetensorError):
-        tqdm.write(f"{path} is damaged and is made again")
-        return None
-    whole = shard.keys() == {"mean", "std"} and all(len(value) == n for value in shard.values())
-    return shard if whole else None
+        with tqdm(total=len(own), desc=f"encoding {what}", dynamic_ncols=True) as bar:
+            for start in range(0, len(own), batch_size):
+                batch = own[start : start + batch_size]
+                for index, entry in zip(batch, encode(batch), strict=True):
+                    if entry is not None:
+                        pending[keys[index]] = entry
+                bar.update(len(batch))
+                if len(pending) >= MOST_ENTRIES or time.monotonic() - began > MOST_SECONDS:
+                    cache.add(pending)
+                    pending, began = {}, time.monotonic()
+    finally:
+        cache.add(pending)
+    share.wait()
+    cache.refresh()
+
+
+def _entry(shard: Any, key: str, parts: Sequence[str]) -> Entry:
+    return {part: shard.get_tensor(f"{key}/{part}") for part in parts}
+
+
+def _looked_through(shard: Any) -> tuple[dict[str, list[str]], set[str]]:
+    """The parts of every entry of a shard, and the entries that are not as they were written."""
+    sums = json.loads((shard.metadata() or {}).get(SUMS, "null"))
+    entries: dict[str, list[str]] = {}
+    damaged = set()
+    for name, expected in sums.items():
+        key, _, part = name.rpartition("/")
+        entries.setdefault(key, []).append(part)
+        if _sum(shard.get_tensor(name)) != expected:
+            damaged.add(key)
+    return entries, damaged
+
+
+def _sum(tensor: Tensor) -> int:
+    """CRC-32 of a tensor's shape, type and bytes."""
+    about = f"{tensor.dtype} {tuple(tensor.shape)}".encode()
+    content: Any = tensor.contiguous().flatten().view(torch.uint8).numpy()
+    return zlib.crc32(content, zlib.crc32(about))

@@ -2,7 +2,8 @@
 
 No trained network takes part. The background is the known backdrop that fits most pixels; what
 differs from it falls into connected pieces; each piece is compared with the world's own shapes,
-drawn into its box in every kind, style, tilt and likely colour.
+drawn into its box in every kind, style, tilt and likely colour. The judge knows the world's kinds
+and background patterns; where it is asked to, also those of `data.world.concepts`.
 
 Legend: pictures are uint8 [128, 128, 3]; boxes are (left, top, right, bottom) in pixels; a *grid*
 is a box resampled to P points, N templates have R roles each (see `evaluation.templates`). A *loss*
@@ -20,18 +21,19 @@ import numpy as np
 from PIL import Image, ImageFilter
 
 from ldm_pipeline.data.world.captions import Description, Mention
-from ldm_pipeline.data.world.render import backdrop
+from ldm_pipeline.data.world.concepts import BURST, CONCEPTS, backdrop
 from ldm_pipeline.data.world.scene import (
     CANVAS,
     COLOURED_PATTERNS,
     COLOURS,
+    KINDS,
     PATTERNS,
     PLACES,
     SIZES,
     Background,
     tones,
 )
-from ldm_pipeline.errors import UserError
+from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.evaluation.pieces import LEAST_AREA, boxes, label
 from ldm_pipeline.evaluation.templates import (
     BLURS,
@@ -97,21 +99,47 @@ class Verdict:
                 and self.size and self.style and self.background)  # fmt: skip
 
 
-def read(picture: np.ndarray) -> Reading:
-    """What a picture shows. Raises `UserError` unless it is uint8 [128, 128, 3]."""
+def read(
+    picture: np.ndarray,
+    kinds: tuple[str, ...] = KINDS,
+    patterns: tuple[str, ...] = PATTERNS,
+) -> Reading:
+    """What a picture shows, in terms of the kinds and background patterns that are to be known.
+
+    Raises `UserError` unless the picture is uint8 [128, 128, 3], the kinds are of the world or of
+    its concepts, and the patterns are of the world or BURST.
+    """
+    for kind in kinds:
+        choose("kind", kind, _EVERY_KIND)
+    _check(picture)
+    colours = picture.astype(np.float32)
+    background = read_background(colours, patterns)
+    if background is None:
+        return Reading(None, ())
+    behind, contrast = _difference(colours, background)
+    sheets = _Sheets(picture, behind, contrast)
+    found = (_identify(sheets, box, background, kinds) for box in boxes(contrast > FOREGROUND))
+    return Reading(background, tuple(found))
+
+
+def is_comic(picture: np.ndarray) -> bool:
+    """Whether a picture (uint8 [128, 128, 3], else `UserError`) is in comic style: a burst fits
+    what lies behind its things better than every background of the world. Outlines alone do not
+    count, as ordinary pictures have them too."""
+    _check(picture)
+    background = read_background(picture.astype(np.float32), (*PATTERNS, BURST))
+    return background is not None and background.pattern == BURST
+
+
+_EVERY_KIND = (*KINDS, *(concept.kind for concept in CONCEPTS.values() if concept.kind))
+
+
+def _check(picture: np.ndarray) -> None:
     if picture.shape != (CANVAS, CANVAS, 3) or picture.dtype != np.uint8:
         raise UserError(
             f"the judge reads uint8 pictures of shape ({CANVAS}, {CANVAS}, 3), not "
             f"{picture.dtype} {tuple(picture.shape)}"
         )
-    colours = picture.astype(np.float32)
-    background = read_background(colours)
-    if background is None:
-        return Reading(None, ())
-    behind, contrast = _difference(colours, background)
-    sheets = _Sheets(picture, behind, contrast)
-    found = (_identify(sheets, box, background) for box in boxes(contrast > FOREGROUND))
-    return Reading(background, tuple(found))
 
 
 def agrees(reading: Reading, description: Description) -> Verdict:
@@ -181,13 +209,16 @@ def _cell(seen: Seen) -> str:
 # --- background
 
 
+_TWO_TONED = ("stripes", "checks", BURST)
+
+
 @cache
-def _backdrops() -> tuple[tuple[Background, ...], np.ndarray]:
-    """Every background, and its pixels on a coarse lattice [n, points, 3]."""
+def _backdrops(patterns: tuple[str, ...]) -> tuple[tuple[Background, ...], np.ndarray]:
+    """Every background of these patterns, and its pixels on a coarse lattice [n, points, 3]."""
     every = [
         Background(pattern, colour)
-        for pattern in PATTERNS
-        for colour in (COLOURS if pattern in COLOURED_PATTERNS else (None,))
+        for pattern in patterns
+        for colour in (COLOURS if pattern in (*COLOURED_PATTERNS, BURST) else (None,))
     ]
     pixels = np.stack([_lattice(backdrop(background)) for background in every])
     return tuple(every), pixels.astype(np.float32)
@@ -197,9 +228,14 @@ def _lattice(picture: np.ndarray) -> np.ndarray:
     return picture[2::4, 2::4].reshape(-1, 3)
 
 
-def read_background(picture: np.ndarray) -> Background | None:
-    """The background that fits float32 [128, 128, 3] best, or None where none comes near."""
-    every, pixels = _backdrops()
+def read_background(picture: np.ndarray, patterns: tuple[str, ...] = PATTERNS) -> Background | None:
+    """The background that fits float32 [128, 128, 3] best, or None where none comes near.
+
+    Raises `UserError` for a pattern that is neither the world's nor BURST.
+    """
+    for pattern in patterns:
+        choose("pattern", pattern, (*PATTERNS, BURST))
+    every, pixels = _backdrops(patterns)
     away = np.linalg.norm(pixels - _lattice(picture), axis=2)
     misfit = np.minimum(away, 90.0).mean(1)
     best = int(misfit.argmin())
@@ -209,7 +245,7 @@ def read_background(picture: np.ndarray) -> Background | None:
 def _difference(picture: np.ndarray, background: Background) -> tuple[np.ndarray, np.ndarray]:
     """The backdrop, its tones moved to the picture's own, and each pixel's distance from it."""
     behind = backdrop(background).astype(np.float32)
-    two = tones(background) if background.pattern in ("stripes", "checks") else ()
+    two = tones(background) if background.pattern in _TWO_TONED else ()
     groups = [(behind == tone).all(2) for tone in two] or [np.ones((CANVAS, CANVAS), dtype=bool)]
     moved = []
     for group in groups:
@@ -290,7 +326,7 @@ class _Sheets:
         return np.asarray(small, dtype=np.float32).reshape(SIDE * SIDE, -1)
 
 
-def _identify(sheets: _Sheets, box: Box, background: Background) -> Seen:
+def _identify(sheets: _Sheets, box: Box, background: Background, kinds: tuple[str, ...]) -> Seen:
     """What stands in a box. Its edges are taken where the thing stands out clearly; where that
     is not explained well, at its faintest edges, a little beyond them, and without dots that
     touch it, too."""
@@ -301,7 +337,7 @@ def _identify(sheets: _Sheets, box: Box, background: Background) -> Seen:
         if best is not None and where == grown and sharp and best.score >= CLEAR:
             break  # in a sharp picture the edges are where they seem to be
         for blur in BLURS:
-            seen = _fit(sheets, where, background, blur)
+            seen = _fit(sheets, where, background, blur, kinds)
             seen = replace(seen, score=seen.score - sheets.left_out(box, where))
             if best is None or seen.score > best.score:
                 best, sharp = seen, blur == BLURS[0]
@@ -311,12 +347,14 @@ def _identify(sheets: _Sheets, box: Box, background: Background) -> Seen:
     return best if best.score >= ACCEPT else replace(best, kind=UNKNOWN)
 
 
-def _fit(sheets: _Sheets, box: Box, background: Background, blur: float) -> Seen:
+def _fit(
+    sheets: _Sheets, box: Box, background: Background, blur: float, kinds: tuple[str, ...]
+) -> Seen:
     """The template and colour that explain a box best."""
     wide, high = box[2] - box[0], box[3] - box[1]
     size = _size_of(max(wide, high) / 2)
-    templates = templates_of(size, blur)
-    paints = paints_of(size, background)
+    templates = templates_of(size, blur, kinds)
+    paints = paints_of(size, background, kinds)
     presence = sheets.grid(sheets.presence, box)[:, 0] / 255
     unlike = ((templates.whole - presence) ** 2).mean(1) + _askew(templates.aspect, box)
     few = np.argsort(unlike)[:70]

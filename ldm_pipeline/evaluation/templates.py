@@ -1,5 +1,7 @@
 """The world's shapes as the judge compares them: soft, on a grid, one layer for each paint.
 
+Everything here is asked for `kinds`, the kinds that the judge knows: the world's own, or more.
+
 Legend: a *grid* is a box resampled to SIDE x SIDE points with a narrow rim around it; N templates,
 P = SIDE² points, R roles (the paints that a shape is made of, see `data.world.shapes`). What a
 template looks like in a colour is linear in its layers: shares [P, R] times paints [R, 3].
@@ -47,8 +49,9 @@ class Templates:
 
 
 @cache
-def templates_of(size: str, blur: float) -> Templates:
-    looks = tuple((kind, style, tilt) for kind in KINDS for style in STYLES for tilt in TILTS)
+def templates_of(size: str, blur: float, kinds: tuple[str, ...] = KINDS) -> Templates:
+    """The templates of one size, soft by `blur` pixels."""
+    looks = tuple((kind, style, tilt) for kind in kinds for style in STYLES for tilt in TILTS)
     drawn = [_template(kind, style, tilt, size, blur) for kind, style, tilt in looks]
     most = max(len(roles) for roles, _, _ in drawn)
     shares = np.zeros((len(looks), most, SIDE * SIDE), dtype=np.float32)
@@ -64,6 +67,7 @@ def _main_role(roles: tuple[Part | None, ...]) -> int:
     return next(i for i, part in enumerate(roles) if part is not None and part.paint == "main")
 
 
+@cache
 def _template(
     kind: str, style: str, tilt: float, size: str, blur: float
 ) -> tuple[tuple[Part | None, ...], np.ndarray, float]:
@@ -105,9 +109,9 @@ def rimmed(box: Box) -> Box:
 
 
 @cache
-def paints_of(size: str, background: Background) -> np.ndarray:
+def paints_of(size: str, background: Background, kinds: tuple[str, ...] = KINDS) -> np.ndarray:
     """The colour of each role of each template in each colour, [N, colours, R, 3]."""
-    templates = templates_of(size, BLURS[0])
+    templates = templates_of(size, BLURS[0], kinds)
     most = templates.shares.shape[1]
     out = np.zeros((len(templates.looks), len(COLOURS), most, 3), dtype=np.float32)
     for c, colour in enumerate(COLOURS):

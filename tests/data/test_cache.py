@@ -1,73 +1,98 @@
-"""The latents' cache: each picture is encoded once, and never read from a shard that is not its."""
+"""The cache of what encoders said: once each, whole or not at all, damage named and made again."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from ldm_pipeline.data import cache
+from ldm_pipeline.data.cache import ALONE, Cache, Entry, Share, fill
 
-N = 10
+KEYS = [f"picture-{i}" for i in range(10)]
 
 
 @pytest.fixture(autouse=True)
 def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shards of four pictures: ten make three."""
-    monkeypatch.setattr(cache, "SHARD", 4)
+    """Shards of four entries: ten make three."""
+    monkeypatch.setattr(cache, "MOST_ENTRIES", 4)
 
 
 class Encoder:
-    """Tells picture i by the number i, remembers who was asked for, and stops before `stop`."""
+    """Tells entry i by the number i in a shape of its own, remembers who was asked for, and is
+    interrupted before `stop`."""
 
-    def __init__(self, stop: int = N) -> None:
+    def __init__(self, stop: int = len(KEYS)) -> None:
         self.stop = stop
         self.asked: list[int] = []
+        self.sizes: list[int] = []
 
-    def __call__(self, indices: range) -> tuple[Tensor, Tensor]:
-        if indices.stop > self.stop:
+    def __call__(self, indices: Sequence[int]) -> list[Entry]:
+        if max(indices) >= self.stop:
             raise KeyboardInterrupt
         self.asked += indices
-        mean = torch.tensor(indices).float()[:, None, None, None].expand(-1, 4, 2, 2)
-        return mean, mean / 8
+        self.sizes.append(len(indices))
+        return [right(i) for i in indices]
 
 
-def assert_right(answer: tuple[Tensor, Tensor], n: int = N) -> None:
-    """The numbers 0 … n - 1 and their eighths, exact in float16."""
-    mean, std = answer
-    assert mean.dtype == std.dtype == torch.float16
-    assert mean.shape == std.shape == (n, 4, 2, 2)
-    assert torch.equal(mean[:, 0, 0, 0].float(), torch.arange(n).float())
-    assert torch.equal(std, mean / 8)
+def right(i: int) -> Entry:
+    """What the encoder says to i: two parts of different shapes and types."""
+    mean = torch.full((4, 2, 2 + i % 3), float(i)).half()
+    return {"mean": mean, "std": (mean / 8).bfloat16()}
 
 
-def test_every_picture_is_encoded_once_in_batches(tmp_path: Path) -> None:
-    sizes: list[int] = []
+def filled(folder: Path, encoder: Encoder, share: Share = ALONE, batch_size: int = 2) -> Cache:
+    """The folder's cache, filled."""
+    store = Cache(folder)
+    fill(store, KEYS, encoder, share, batch_size=batch_size)
+    return store
+
+
+def assert_right(store: Cache) -> None:
+    """All ten entries, bit for bit."""
+    for i, key in enumerate(KEYS):
+        entry = store[key]
+        assert entry.keys() == {"mean", "std"}
+        for part, tensor in right(i).items():
+            assert entry[part].dtype == tensor.dtype
+            assert torch.equal(entry[part], tensor)
+
+
+def shards(folder: Path) -> list[Path]:
+    """The shards in the order in which they were written."""
+    return sorted(folder.glob("*.safetensors"), key=lambda path: path.stat().st_mtime_ns)
+
+
+def test_everything_is_encoded_once_in_batches(tmp_path: Path) -> None:
     encoder = Encoder()
-
-    def noted(indices: range) -> tuple[Tensor, Tensor]:
-        sizes.append(len(indices))
-        return encoder(indices)
-
-    assert_right(cache.latents(tmp_path, N, noted, batch_size=3))
-    assert encoder.asked == list(range(N))
-    assert sizes == [3, 1, 3, 1, 2]
+    assert_right(filled(tmp_path, encoder, batch_size=3))
+    assert encoder.asked == list(range(10))
+    assert encoder.sizes == [3, 3, 3, 1]
     again = Encoder(stop=0)
-    assert_right(cache.latents(tmp_path, N, again))
+    assert_right(filled(tmp_path, again))
     assert again.asked == []
 
 
-def test_an_interrupted_run_encodes_only_what_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        cache.latents(tmp_path, N, Encoder(stop=6), batch_size=2)
-    assert [path.name for path in tmp_path.iterdir()] == ["latents-00000000-00000004.safetensors"]
+def test_the_same_key_twice_is_one_entry(tmp_path: Path) -> None:
     encoder = Encoder()
-    assert_right(cache.latents(tmp_path, N, encoder))
-    assert encoder.asked == [4, 5, 6, 7, 8, 9]
+    store = Cache(tmp_path)
+    fill(store, [KEYS[3], KEYS[1], KEYS[3]], encoder)
+    assert encoder.asked == [0, 1]
+    assert KEYS[3] in store
+    assert KEYS[0] not in store
+    with pytest.raises(KeyError):
+        store[KEYS[0]]
+
+
+def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        filled(tmp_path, Encoder(stop=7))
+    encoder = Encoder()
+    assert_right(filled(tmp_path, encoder))
+    assert encoder.asked == [6, 7, 8, 9]
 
 
 def test_a_kill_while_a_shard_is_written_leaves_none(
@@ -79,18 +104,44 @@ def test_a_kill_while_a_shard_is_written_leaves_none(
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
         with pytest.raises(KeyboardInterrupt):
-            cache.latents(tmp_path, N, Encoder())
+            filled(tmp_path, Encoder())
+    assert shards(tmp_path) == []
+    (leftover,) = tmp_path.iterdir()
+    os.utime(leftover, (0, 0))
     encoder = Encoder()
-    assert_right(cache.latents(tmp_path, N, encoder))
-    assert encoder.asked == list(range(N))
+    assert_right(filled(tmp_path, encoder))
+    assert encoder.asked == list(range(10))
+    assert not leftover.exists()
 
 
-def test_more_pictures_reuse_whole_shards(tmp_path: Path) -> None:
-    """A last shard that was not full is made anew, with its new neighbours."""
-    cache.latents(tmp_path, 6, Encoder())
+def test_only_what_is_new_is_encoded(tmp_path: Path) -> None:
+    fill(Cache(tmp_path), KEYS[2:5], lambda indices: [right(i + 2) for i in indices])
     encoder = Encoder()
-    assert_right(cache.latents(tmp_path, N, encoder))
-    assert encoder.asked == [4, 5, 6, 7, 8, 9]
+    assert_right(filled(tmp_path, encoder))
+    assert encoder.asked == [0, 1, 5, 6, 7, 8, 9]
+
+
+def test_processes_share_the_work(tmp_path: Path) -> None:
+    """The first waits until the second is done, and then reads the whole."""
+    encoders = [Encoder(), Encoder()]
+
+    def the_other() -> None:
+        filled(tmp_path, encoders[1], Share(1, 2))
+
+    assert_right(filled(tmp_path, encoders[0], Share(0, 2, the_other)))
+    assert encoders[0].asked == [0, 2, 4, 6, 8]
+    assert encoders[1].asked == [1, 3, 5, 7, 9]
+
+
+def test_two_writers_at_once_do_no_harm(tmp_path: Path) -> None:
+    one, other = Cache(tmp_path), Cache(tmp_path)
+    encoders = [Encoder(), Encoder()]
+    fill(one, KEYS, encoders[0])
+    fill(other, KEYS, encoders[1])
+    assert encoders[0].asked == encoders[1].asked
+    assert_right(one)
+    assert_right(other)
+    assert_right(Cache(tmp_path))
 
 
 def cut(path: Path) -> None:
@@ -103,21 +154,40 @@ def zero(path: Path) -> None:
     path.write_bytes(bytes(path.stat().st_size))
 
 
-def swap(path: Path) -> None:
-    """Put the last, shorter shard in its place."""
-    path.write_bytes(max(path.parent.iterdir()).read_bytes())
+def foreign(path: Path) -> None:
+    """A shard that no cache wrote."""
+    from safetensors.torch import save_file
+
+    save_file({"mean": torch.zeros(1)}, path)
 
 
-@pytest.mark.parametrize("damage", [cut, zero, swap, Path.unlink], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("damage", [cut, zero, foreign, Path.unlink], ids=lambda f: f.__name__)
 def test_a_damaged_shard_is_made_again_alone(
-    tmp_path: Path, damage: Callable[[Path], None]
+    tmp_path: Path, damage: Callable[[Path], None], caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache.latents(tmp_path, N, Encoder())
-    damage(tmp_path / "latents-00000004-00000008.safetensors")
+    filled(tmp_path, Encoder())
+    victim = shards(tmp_path)[1]
+    damage(victim)
     encoder = Encoder()
-    assert_right(cache.latents(tmp_path, N, encoder))
+    assert_right(filled(tmp_path, encoder))
     assert encoder.asked == [4, 5, 6, 7]
-    assert_right(cache.latents(tmp_path, N, Encoder(stop=0)))
+    assert (str(victim) in caplog.text) == (damage is not Path.unlink)
+    assert_right(filled(tmp_path, Encoder(stop=0)))
+
+
+def test_one_flipped_bit_costs_one_entry(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    filled(tmp_path, Encoder())
+    victim = shards(tmp_path)[1]
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1  # the last byte of the last tensor, by name: picture-7
+    victim.write_bytes(content)
+    encoder = Encoder()
+    assert_right(filled(tmp_path, encoder))
+    assert len(encoder.asked) == 1
+    assert KEYS[encoder.asked[0]] in caplog.text
+    caplog.clear()
+    assert_right(filled(tmp_path, Encoder(stop=0)))
+    assert caplog.text == ""
 
 
 def test_the_key_changes_with_all_that_decides_the_latents() -> None:
