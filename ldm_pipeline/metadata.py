@@ -38,8 +38,9 @@ class Recipe:
 
     `prompts` holds one prompt, or, for a grid, one for each of its captions; `n` is the number of
     pictures for each prompt. Picture k of a run uses seed `seed + k`. `sampler` None is the
-    model's own. `size` is (height, width) in pixels. `versions` names the packages that drew it:
-    they do not enter the command, but other versions may round differently.
+    model's own. `size` is (height, width) in pixels. `loras` are adapter files with their
+    weights. `versions` names the packages that drew it: they do not enter the command, but other
+    versions may round differently.
     """
 
     prompts: tuple[str, ...]
@@ -54,11 +55,13 @@ class Recipe:
     negative: str | None = None
     n: int = 1
     grid: bool = False
+    loras: tuple[tuple[str, float], ...] = ()
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def command(self, output: str) -> str:
         """The shell command, one line, that draws this file again and writes it to `output`."""
         words = ["ldm", "generate", "-o", output, "--model", self.model]
+        words += [f"--lora={file}:{weight!r}" for file, weight in self.loras]
         words += ["--seed", str(self.seed), "--steps", str(self.steps)]
         words += ["--guidance", repr(self.guidance)]
         if self.sampler is not None:
@@ -76,8 +79,14 @@ class Recipe:
         return " ".join(map(quote, [*words, *self.prompts]))
 
     def to_json(self) -> str:
-        """The recipe as JSON, the same text for the same recipe."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, sort_keys=True)
+        """The recipe as JSON, the same text for the same recipe.
+
+        `loras` is left out where there are none: so it was before there were any.
+        """
+        values = asdict(self)
+        if not self.loras:
+            del values["loras"]
+        return json.dumps({"format": FORMAT, **values}, sort_keys=True)
 
     @staticmethod
     def from_json(text: str) -> Recipe:
@@ -99,13 +108,16 @@ class Recipe:
             f"Steps: {self.steps}, Sampler: {self.sampler or 'model default'}, "
             f"CFG scale: {self.guidance:g}, Seed: {self.seed}, "
             f"Size: {self.size[1]}x{self.size[0]}, Model: {self.model}"
+            + "".join(f", LoRA: {file}:{weight:g}" for file, weight in self.loras)
         ]
         return "\n".join(lines)
 
 
 def _checked(values: dict[str, Any]) -> Recipe:
     """A recipe from parsed JSON, every field of the type that it claims (files can be forged)."""
+    loras = tuple((file, float(weight)) for file, weight in values.get("loras", ()))
     texts = [values["model"], values["device"], values["dtype"], *values["prompts"]]
+    texts += [file for file, _ in loras]
     texts += [values[name] for name in ("sampler", "negative") if values[name] is not None]
     whole = [values["seed"], values["steps"], values["n"], *values["size"]]
     if not all(isinstance(text, str) for text in texts):
@@ -120,6 +132,7 @@ def _checked(values: dict[str, Any]) -> Recipe:
             "guidance": float(values["guidance"]),
             "size": (height, width),
             "grid": bool(values["grid"]),
+            "loras": loras,
             "versions": {str(k): str(v) for k, v in dict(values["versions"]).items()},
         }
     )

@@ -34,7 +34,7 @@ ALLOWED = {
     "data": SHARED,
     "evaluation": {"pipeline", "analysis", "data", "grid", *SHARED},
     "training": {"lora", "models", "data", "diffusion", *SHARED},
-    "commands": {"evaluation", "data", "metadata", "grid", "models", "pipeline", *SHARED},
+    "commands": {"evaluation", "data", "metadata", "grid", "lora", "models", "pipeline", *SHARED},
     "cli": {"commands", *SHARED},
     "metadata": SHARED,
     "grid": SHARED,

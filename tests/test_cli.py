@@ -7,7 +7,9 @@ ldm     runs the command in this process; gives (exit code, stdout, stderr)
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import struct
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from PIL import Image
 from ldm_pipeline.cli import COMMANDS, main
 from ldm_pipeline.commands import generate
 from ldm_pipeline.grid import captioned_grid
+from ldm_pipeline.metadata import Recipe
 
 Ldm = Callable[..., tuple[int, str, str]]
 
@@ -87,6 +90,18 @@ REFUSED = {
     "dataset world --out new --n 0": "--n=0",
     "dataset world --out new --split tset": "did you mean 'test'",
     "dataset world --out .": "not empty",
+    "dataset world --out new --batch-size 2": "takes no --batch-size",
+    "dataset world elsewhere --out new": "--out",
+    "dataset": "kind",
+    "dataset check": "check DIR",
+    "dataset check nowhere": "nowhere",
+    "dataset check words.txt": "words.txt",
+    "dataset check . --out new": "takes no --out",
+    "dataset check . --btach-size 2": "did you mean '--batch-size'",
+    "dataset check . --batch-size 0": "--batch-size=0",
+    "dataset check . --resolution 500": "--resolution=500",
+    "dataset check . --bucket-step 12": "--bucket-step=12",
+    "dataset check . --tokenizer nowhere": "--tokenizer=nowhere",
     "evaluate --prompts 0": "--prompts=0",
     "evaluate --steps 0": "--steps=0",
     "evaluate --model ./nowhere": "nowhere",
@@ -219,6 +234,41 @@ def test_dataset_writes_an_image_folder(ldm: Ldm, tmp_path: Path) -> None:
             assert picture.size == (128, 128)
 
 
+def test_dataset_check_reports_and_its_exit_code_tells_errors(ldm: Ldm, tmp_path: Path) -> None:
+    ldm("dataset", "world", "--out", "new", "--n", "5")
+    check = ("dataset", "check", "new", "--resolution", "128", "--batch-size", "2")
+    code, out, err = ldm(*check)
+    assert (code, err) == (0, "")
+    assert ["128x128", "5", "1"] in [line.split() for line in out.splitlines()]
+    assert ldm("dataset", "--resolution", "128", "--batch-size", "2", "check", "new")[1] == out
+    assert ldm(*check, "--strict")[0] == 0
+    (tmp_path / "new/stray.txt").write_text("of no picture")
+    assert ldm(*check)[0] == 0
+    assert ldm(*check, "--strict")[0] == 1
+    assert ldm("dataset", "check", "new")[0] == 1, "128 pixels fill no bucket of the default 512"
+    assert ldm("dataset", "check", "new", "--upscale")[0] == 0
+    (tmp_path / "new/000003.png").write_bytes(b"")
+    code, out, _ = ldm(*check)
+    assert code == 1
+    assert "error: new/000003.png: is empty" in out
+
+
+def test_dataset_check_counts_tokens_with_a_tokenizer(ldm: Ldm, model: Path) -> None:
+    ldm("dataset", "world", "--out", "new", "--n", "2")
+    Path("new/metadata.jsonl").write_text(
+        '{"file_name": "000000.png", "text": "red"}\n'
+        f'{{"file_name": "000001.png", "text": "{"zebra " * 30}"}}\n'
+    )
+    check = ("dataset", "check", "new", "--resolution", "128", "--strict")
+    assert ldm(*check)[0] == 0
+    code, out, _ = ldm(*check, "--tokenizer", str(model / "tokenizer"))
+    assert code == 1
+    assert "more than 77 tokens" in out
+    code, _, err = ldm(*check, "--tokenizer", ".")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "--tokenizer=." in err
+
+
 def test_a_grid_shows_every_picture_and_never_overlaps() -> None:
     colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9), (200, 0, 200)]
     pictures = [Image.new("RGB", (128, 64), colour) for colour in colours]
@@ -226,3 +276,150 @@ def test_a_grid_shows_every_picture_and_never_overlaps() -> None:
     counts = {colour: count for count, colour in grid.getcolors(1 << 24) or []}
     # The enlargement is a whole factor, here 2, so each picture fills four times its pixels.
     assert [counts.get(colour) for colour in colours] == [4 * 128 * 64] * 5
+
+
+# --lora -------------------------------------------------------------------------------------------
+
+
+def write_safetensors(path: Path, *keys: str) -> None:
+    """A safetensors file with a 2 x 2 float32 matrix of zeros under each of `keys`."""
+    entries = {
+        key: {"dtype": "F32", "shape": [2, 2], "data_offsets": [16 * k, 16 * (k + 1)]}
+        for k, key in enumerate(keys)
+    }
+    header = json.dumps(entries).encode()
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(16 * len(keys)))
+
+
+LORA_REFUSED = {
+    "generate x --lora nowhere.safetensors": "there is no LoRA file nowhere.safetensors",
+    "generate x --lora nowhere.safetensors:0.8": "there is no LoRA file nowhere.safetensors",
+    "generate x --lora C:\\nowhere.safetensors": "there is no LoRA file C:\\nowhere.safetensors",
+    "generate x --lora C:\\nowhere.safetensors:2": "there is no LoRA file C:\\nowhere.safetensors",
+    "generate x --lora .": "there is no LoRA file pytorch_lora_weights.safetensors",
+    "generate x --lora 0.8": "there is no LoRA file 0.8",
+    "generate x --lora words.txt": "words.txt is no whole safetensors file",
+    "generate x --lora cut.safetensors": "cut.safetensors is no whole safetensors file",
+    "generate x --lora model.safetensors:1": "no LoRA in diffusers' layout",
+    "generate x --lora kohya.safetensors": "lora_unet_mid_block",
+    "generate x --lora style.safetensors:nan": "weight of style.safetensors is nan",
+    "generate x --lora style.safetensors:-inf": "weight of style.safetensors is -inf",
+    "generate x --lora style.safetensors:much": "'much' is no weight; write style.safetensors:0.8",
+    "generate x --lora style.safetensors:": "'' is no weight",
+    "generate x --lora style.safetensors --lora words.txt": "words.txt",
+    "generate x --lora": "--lora",
+}
+
+
+@pytest.fixture
+def lora_files(tmp_path: Path) -> None:
+    """Files of every sort, beside which the command is run."""
+    (tmp_path / "words.txt").write_text("a red star\n")
+    write_safetensors(tmp_path / "model.safetensors", "unet.conv_in.weight")
+    write_safetensors(tmp_path / "kohya.safetensors", "lora_unet_mid_block.lora_up.weight")
+    write_safetensors(tmp_path / "style.safetensors", "unet.x.lora_A.weight")
+    whole = (tmp_path / "style.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-1])
+
+
+@pytest.mark.usefixtures("lora_files")
+@pytest.mark.parametrize("arguments", LORA_REFUSED)
+def test_a_lora_that_cannot_be_meant_is_refused_before_anything_loads(
+    arguments: str, ldm: Ldm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: object) -> None:
+        raise AssertionError("reached the loading of a model")
+
+    monkeypatch.setattr(generate, "open_pipeline", loaded)
+    monkeypatch.setattr(generate, "pick_device", loaded)
+    code, out, err = ldm(*arguments.split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert LORA_REFUSED[arguments] in err
+
+
+@pytest.mark.usefixtures("lora_files")
+def test_refusing_a_lora_imports_nothing_heavy(tmp_path: Path) -> None:
+    script = (
+        "import sys; from ldm_pipeline.cli import main\n"
+        "assert all(main(a.split()) == 2 for a in sys.argv[1:])\n"
+        "print([m for m in ('torch', 'safetensors', 'peft', 'diffusers') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, *LORA_REFUSED],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "file", "weight"),
+    [
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("a.safetensors:0.8", "a.safetensors", 0.8),
+        ("a.safetensors:-1e-1", "a.safetensors", -0.1),
+        ("a.safetensors:0", "a.safetensors", 0.0),
+        ("C:\\b\\a.safetensors", "C:\\b\\a.safetensors", 1.0),
+        ("C:\\b\\a.safetensors:0.5", "C:\\b\\a.safetensors", 0.5),
+        ("a:0.5:2", "a:0.5", 2.0),
+    ],
+)
+def test_only_a_number_after_the_last_colon_is_a_weight(
+    text: str, file: str, weight: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "inspect", lambda file: None)
+    assert generate.read_loras([text]) == ((file, weight),)
+    recipe = Recipe(("x",), 7, 25, 7.5, (8, 8), "cpu", "float32", loras=((file, weight),))
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    (again,) = [w for w in shlex.split(recipe.command("a.png")) if w.startswith("--lora=")]
+    assert generate.read_loras([again.removeprefix("--lora=")]) == ((file, weight),)
+
+
+def test_pictures_from_before_there_were_loras_are_read_and_written_as_before() -> None:
+    recipe = Recipe(("x",), 7, 25, 7.5, (8, 8), "cpu", "float32")
+    assert "lora" not in recipe.to_json()
+    assert Recipe.from_json(recipe.to_json()).loras == ()
+    forged = json.loads(recipe.to_json())
+    for loras in ([["a", "b; rm -rf ~"]], [[1, 1.0]], ["ab"], 3):
+        with pytest.raises((ValueError, TypeError)):
+            Recipe.from_json(json.dumps({**forged, "loras": loras}))
+
+
+def test_loras_draw_and_their_picture_comes_back(
+    ldm: Ldm, model: Path, tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    import torch
+
+    from ldm_pipeline.lora.files import save
+    from ldm_pipeline.lora.inject import inject
+    from ldm_pipeline.lora.targets import LoraSettings
+
+    adapter = inject({"unet": tiny()["unet"]}, LoraSettings(["mid_block"]), seed=0)
+    with torch.no_grad():
+        for parameter in adapter.parameters.values():
+            parameter.add_(0.3)
+    file = save(tmp_path / "a style.safetensors", adapter.weights())
+    wide = {name: torch.cat([t, t], -1) for name, t in adapter.parameters.items()}
+    save(tmp_path / "wide.safetensors", adapter.weights(wide))
+    folder = save(tmp_path / "run", adapter.weights()).parent
+    words = ["generate", "a red star", "--model", str(model), "--steps", "1", "--seed", "3"]
+
+    def drawn(name: str, *loras: str) -> bytes:
+        flags = [flag for lora in loras for flag in ("--lora", lora)]
+        code, out, err = ldm(*words, *flags, "-o", name)
+        assert (code, out) == (0, f"{name}\n"), err
+        with Image.open(name) as picture:
+            return picture.tobytes()
+
+    plain = drawn("plain.png")
+    both = drawn("both.png", f"{file}:0.8", str(folder))
+    assert drawn("none.png", f"{file}:0") == plain
+    assert len({plain, both, drawn("one.png", str(file))}) == 3
+    assert redraw(ldm, Path("both.png"), Path("again.png")) == Path("both.png").read_bytes()
+    code, out, err = ldm(*words, "--lora", "wide.safetensors", "-o", "wide.png")
+    assert (code, out) == (2, "")
+    assert "wide.safetensors does not fit this model: 0 keys matched, 0 missing" in err
+    assert not Path("wide.png").exists()

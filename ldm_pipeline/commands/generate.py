@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 from ldm_pipeline.commands.outputs import check_picture
 from ldm_pipeline.commands.sources import BUNDLED, find, open_pipeline
 from ldm_pipeline.errors import UserError, choose
+from ldm_pipeline.lora.files import check_weight, inspect
 from ldm_pipeline.metadata import Recipe, installed_versions, save_png
 from ldm_pipeline.request import SAMPLER_NAMES, Request
 
@@ -85,6 +86,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLER_NAMES)} (the model's own)")
     add("--height", type=int, help="pixels, a multiple of 8 (the model's own)")
     add("--width", type=int, help="pixels, a multiple of 8 (the model's own)")
+    add(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:WEIGHT]",
+        help="a LoRA to draw with, and how strongly (1); may be given several times",
+    )
     add_model_arguments(parser)
     add("--quiet", action="store_true", help="print nothing but the files' names")
 
@@ -104,6 +112,7 @@ def run(args: argparse.Namespace) -> None:
         raise UserError('nothing to draw: give a prompt, as in ldm generate "a red star"')
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     check_drawing(args, prompts, seed)
+    loras = read_loras(args.lora)
     jobs = plan(args, prompts, seed)
     source = find(args.model)
     say: Say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
@@ -112,6 +121,10 @@ def run(args: argparse.Namespace) -> None:
 
     device, dtype = pick_device(args.device, args.dtype)
     pipeline = open_pipeline(source, device, dtype)
+    if loras:
+        from ldm_pipeline.lora.attach import attach
+
+        attach(pipeline, loras)
     pipeline.set_progress_bar_config(disable=args.quiet or len(jobs) > 1 or not sys.stderr.isatty())
     recipe = Recipe(
         prompts=tuple(prompts),
@@ -126,6 +139,7 @@ def run(args: argparse.Namespace) -> None:
         negative=args.negative,
         n=args.n,
         grid=args.grid,
+        loras=loras,
         versions=installed_versions(),
     )
     say(f"seed {seed}, {args.steps} steps, {args.sampler or 'own sampler'}, {device} {dtype}")
@@ -179,6 +193,34 @@ def check_place(device: str, dtype: str) -> None:
     choose("--device", kind, DEVICES)
     if colon and not (index.isdecimal() and kind not in ("auto", "cpu")):
         raise UserError(f"--device={device!r} is not known; name one as in cuda:1")
+
+
+def read_loras(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
+    """The files and weights that --lora names, as FILE or FILE:WEIGHT.
+
+    Only a number after the last colon is a weight, so that C:\\a.safetensors is a file. Raises
+    `UserError` for a weight that is not finite and a file that is missing or no LoRA.
+    """
+    loras = []
+    for text in texts:
+        file, colon, last = text.rpartition(":")
+        weight = number(last) if colon else None
+        if weight is None:
+            if colon and Path(file).is_file():
+                raise UserError(f"--lora={text}: {last!r} is no weight; write {file}:0.8")
+            file, weight = text, 1.0
+        check_weight(file, weight)
+        inspect(file)
+        loras.append((file, weight))
+    return tuple(loras)
+
+
+def number(text: str) -> float | None:
+    """The number that `text` is, or None."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -1,0 +1,1 @@
+"""LoRA: which modules are adapted, putting adapters in and out, their files, using several."""

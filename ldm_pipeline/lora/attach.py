@@ -1,0 +1,116 @@
+"""Drawing with LoRA files: several at once, each with its weight, or none and nothing changed.
+
+The loading itself is diffusers'; before it, every file is read and compared with the pipeline, so
+that a file that does not fit is refused while nothing has been touched.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from diffusers.utils.peft_utils import set_weights_and_activate_adapters
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ldm_pipeline.errors import UserError
+from ldm_pipeline.lora.files import LoraWeights, check_weight, fit, load, spell, split
+from ldm_pipeline.lora.inject import remove
+from ldm_pipeline.lora.targets import COMPONENTS, TEXT_MODEL
+from ldm_pipeline.models.text import has_adapters
+
+Pipeline = Any
+"""A diffusers pipeline of the Stable Diffusion family: ours, or a stock one."""
+
+
+def attach(
+    pipe: Pipeline, files: Sequence[tuple[str | os.PathLike[str], float]]
+) -> tuple[str, ...]:
+    """Load the LoRA files of (path, weight) pairs and draw with them from now on.
+
+    They become the active adapters; others stay loaded. A file of weight 0 is loaded and not
+    used, so pictures are the base's to the last bit (DoRA at scale 0 would not be that). Returns
+    the adapters' names, in order, for `pipe.set_adapters`; `pipe.unload_lora_weights()` takes all
+    out. Raises `UserError` for a weight that is not finite, a file that cannot be read and one
+    that does not fit, with counts of its keys; the pipeline is then exactly as it was.
+    """
+    models = networks(pipe)
+    loaded = []
+    for path, weight in files:
+        check_weight(path, weight)
+        weights = load(path)
+        found = fit(weights, models)
+        if not found:
+            raise UserError(f"{path} does not fit this model: {found}; another model's LoRA?")
+        loaded.append(weights)
+    names = _free_names(models, len(files))
+    active = _active(models)
+    try:
+        for name, weights in zip(names, loaded, strict=True):
+            _put(pipe, models, weights, name)
+    except BaseException:
+        for model in models.values():
+            for name in names:
+                remove(model, name)
+        for layer, before in active.items():
+            layer.set_adapter(before)
+        raise
+    strengths = {name: weight for name, (_, weight) in zip(names, files, strict=True) if weight}
+    for model in models.values():
+        if has_adapters(model):
+            set_weights_and_activate_adapters(model, list(strengths), list(strengths.values()))
+    return names
+
+
+def networks(pipe: Pipeline) -> dict[str, nn.Module]:
+    """The networks of `pipe` that a LoRA can adapt, by component."""
+    found = {component: getattr(pipe, component, None) for component in COMPONENTS}
+    return {component: model for component, model in found.items() if model is not None}
+
+
+def _put(pipe: Pipeline, models: Mapping[str, nn.Module], weights: LoraWeights, name: str) -> None:
+    """Have diffusers load `weights`, which fit, under `name`."""
+    for component, layout in weights.layouts.items():
+        model = models[component]
+        paths = {path.removeprefix(TEXT_MODEL): path for path, _ in model.named_modules()}
+        state = {}
+        for key, tensor in weights.tensors.items():
+            owner, module, part = split(key)
+            if owner == component:
+                state[spell(component, paths[module], part)] = tensor
+        options = {
+            "network_alphas": None,
+            "adapter_name": name,
+            "metadata": {f"{component}.{k}": v for k, v in layout.peft_fields().items()},
+            "low_cpu_mem_usage": True,
+            "_pipeline": pipe,
+        }
+        with warnings.catch_warnings():
+            # That several adapters are loaded is what was asked for.
+            warnings.filterwarnings("ignore", "Already found a `peft_config` attribute")
+            if component == "unet":
+                pipe.load_lora_into_unet(state, unet=model, **options)
+            else:
+                pipe.load_lora_into_text_encoder(
+                    state, text_encoder=model, prefix=component, **options
+                )
+
+
+def _free_names(models: Mapping[str, nn.Module], count: int) -> tuple[str, ...]:
+    """Names for new adapters, after those that are taken. Files' own names will not do: PEFT
+    confuses an adapter called `lora`, or like a module, with the model's own parts."""
+    taken = {name for model in models.values() for name in getattr(model, "peft_config", {})}
+    free = (name for k in range(len(taken) + count) if (name := f"attached_{k}") not in taken)
+    return tuple(name for name, _ in zip(free, range(count), strict=False))
+
+
+def _active(models: Mapping[str, nn.Module]) -> dict[BaseTunerLayer, list[str]]:
+    """The adapters that each adapted layer draws with."""
+    return {
+        layer: list(layer.active_adapters)
+        for model in models.values()
+        for layer in model.modules()
+        if isinstance(layer, BaseTunerLayer)
+    }
