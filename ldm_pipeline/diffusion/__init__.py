@@ -16,8 +16,14 @@ from ldm_pipeline.diffusion.course import Course, GridSampler, NativeSampler, Sa
 from ldm_pipeline.diffusion.denoiser import Denoiser, Guidance, Network, guided, make_denoiser
 from ldm_pipeline.diffusion.gaussian import Gaussian
 from ldm_pipeline.diffusion.loop import Plan, Step, Stop, run
-from ldm_pipeline.diffusion.losses import denoising_errors, denoising_loss, loss_weights
-from ldm_pipeline.diffusion.noise import Noise
+from ldm_pipeline.diffusion.losses import (
+    WEIGHTINGS,
+    Loss,
+    denoising_errors,
+    denoising_loss,
+    loss_weights,
+)
+from ldm_pipeline.diffusion.noise import Noise, coarse_noise
 from ldm_pipeline.diffusion.prediction import (
     PREDICTION_TYPES,
     Prediction,
@@ -34,6 +40,7 @@ __all__ = [
     "NATIVE_SAMPLERS",
     "PREDICTION_TYPES",
     "SAMPLERS",
+    "WEIGHTINGS",
     "Consistency",
     "Course",
     "DPMSolverPP2M",
@@ -42,6 +49,7 @@ __all__ = [
     "GridSampler",
     "Guidance",
     "Heun",
+    "Loss",
     "NativeSampler",
     "Network",
     "Noise",
@@ -53,6 +61,7 @@ __all__ = [
     "Step",
     "Stop",
     "boundary_scalings",
+    "coarse_noise",
     "denoising_errors",
     "denoising_loss",
     "guided",

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ldm_pipeline.errors import UserError
@@ -63,3 +64,27 @@ def seeded(source: int | torch.Generator) -> torch.Generator:
         return torch.Generator().manual_seed(operator.index(source))
     except (RuntimeError, ValueError, OverflowError, TypeError):
         raise UserError(f"seed={source!r} must be an integer between -2**63 and 2**64-1") from None
+
+
+def coarse_noise(
+    shape: Sequence[int], generator: torch.Generator, offset: float = 0.0, pyramid: float = 0.0
+) -> Tensor:
+    """Training noise [C, h, w] with more than its share of coarse structure.
+
+    `offset` s adds s times one number per channel: the mean of a picture is then noised as well,
+    and very dark or light ones can be learnt (N. Guttenberg, "Diffusion with offset noise", 2023).
+    `pyramid` d adds noise at half, a quarter, … of the size, enlarged, times d, d², …, and scales
+    the sum to unit variance (J. Whitaker, "Multi-resolution noise", 2023). 0 leaves either out.
+    """
+    channels, height, width = shape
+    eps = torch.randn((1, *shape), generator=generator)
+    factor, h, w = 1.0, height, width
+    while pyramid and (h > 1 or w > 1):
+        h, w, factor = max(1, h // 2), max(1, w // 2), factor * pyramid
+        level = torch.randn((1, channels, h, w), generator=generator)
+        eps = eps + factor * F.interpolate(level, size=(height, width), mode="bilinear")
+    if pyramid:
+        eps = eps / eps.std()
+    if offset:
+        eps = eps + offset * torch.randn((1, channels, 1, 1), generator=generator)
+    return eps[0]

@@ -5,21 +5,27 @@ Legend: snr = a²/sig²; gamma caps it (min-SNR, 2303.09556).
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from ldm_pipeline.diffusion import (
     PREDICTION_TYPES,
+    WEIGHTINGS,
     Gaussian,
+    Loss,
     Schedule,
     denoising_errors,
     denoising_loss,
     interpret,
     loss_weights,
 )
+from ldm_pipeline.errors import UserError
 
 SCHEDULE = Schedule.scaled_linear()
+MIN_SNR = Loss("min_snr", gamma=5.0)
 T = torch.tensor([5, 120, 300, 700, 999])
 kinds = pytest.mark.parametrize("kind", PREDICTION_TYPES)
 
@@ -39,8 +45,75 @@ def test_min_snr_weights_are_those_of_the_paper() -> None:
     for kind, weights in wanted.items():
         # float64 rounding.
         torch.testing.assert_close(
-            loss_weights(kind, SCHEDULE, T, 5.0), weights, rtol=1e-12, atol=0
+            loss_weights(kind, SCHEDULE, T, MIN_SNR), weights, rtol=1e-12, atol=0
         )
+
+
+def test_debiased_weights_are_those_of_the_paper() -> None:
+    """1 / sqrt(snr) for an error of eps; the same errors told of x0 and of v weigh as much."""
+    snr = torch.exp(SCHEDULE.log_snr(T.double()))
+    wanted = {"epsilon": snr**-0.5, "v_prediction": snr**0.5 / (snr + 1), "sample": snr**0.5}
+    for kind, weights in wanted.items():
+        # float64 rounding.
+        torch.testing.assert_close(
+            loss_weights(kind, SCHEDULE, T, Loss("debiased")), weights, rtol=1e-12, atol=0
+        )
+
+
+@pytest.mark.parametrize("error", [1e-4, 0.3, 50.0])
+def test_huber_is_the_square_for_small_errors_and_the_amount_for_large_ones(error: float) -> None:
+    z, eps = batch()
+    a, sig = SCHEDULE.coefficients(T, like=z)
+    c = 0.1
+
+    def off(x: Tensor, t: Tensor) -> Tensor:
+        return (x - a * z) / sig + error
+
+    got = denoising_errors(off, SCHEDULE, "epsilon", z, eps, T, huber=c)
+    wanted = 2 * c * ((error**2 + c**2) ** 0.5 - c)
+    # float64 rounding of a difference of numbers near c = 0.1, over 1e-8.
+    assert got.tolist() == pytest.approx([wanted] * 5, rel=1e-5)
+    if error < c / 10:
+        assert wanted == pytest.approx(error**2, rel=0.01)
+    if error > 100 * c:
+        assert wanted == pytest.approx(2 * c * error, rel=0.01)
+
+
+def test_a_mask_counts_what_it_covers_and_nothing_else() -> None:
+    """The error is 1 in the left half and 3 in the right: any mask gives the mean under it,
+    whatever its area; an empty one gives 0."""
+    z, eps = batch()
+    a, sig = SCHEDULE.coefficients(T, like=z)
+    field = torch.ones(8, 8, dtype=torch.float64)
+    field[:, 4:] = 3.0
+
+    def off(x: Tensor, t: Tensor) -> Tensor:
+        return (x - a * z) / sig + field.sqrt()
+
+    mask = torch.zeros(5, 1, 8, 8, dtype=torch.float64)
+    mask[0], mask[1, :, :, :4], mask[2, :, 0, 7] = 1, 1, 1
+    mask[3, :, 0, 0], mask[3, :, 0, 7] = 0.5, 1.5
+    got = denoising_errors(off, SCHEDULE, "epsilon", z, eps, T, mask=mask)
+    # float64 rounding of (x - a z) / sig.
+    assert got.tolist() == pytest.approx([2.0, 1.0, 3.0, 2.5, 0.0], rel=1e-9, abs=1e-12)
+    everywhere = denoising_errors(off, SCHEDULE, "epsilon", z, eps, T, mask=torch.ones_like(mask))
+    plain = denoising_errors(off, SCHEDULE, "epsilon", z, eps, T)
+    torch.testing.assert_close(everywhere, plain, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    "wrong,named",
+    [
+        ({"weighting": "min_snrr"}, "did you mean 'min_snr'"),
+        ({"gamma": 0.0}, "gamma=0.0 must be more than 0"),
+        ({"huber": -1.0}, "huber=-1.0 must be more than 0"),
+        ({"huber": float("nan")}, "huber=nan must be more than 0"),
+    ],
+    ids=str,
+)
+def test_a_loss_that_cannot_be_meant_is_refused(wrong: dict[str, Any], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        Loss(**wrong)
 
 
 @kinds
@@ -60,7 +133,7 @@ def test_weighted_loss_does_not_depend_on_the_form_of_the_answer(kind: str) -> N
     x0 = interpret(kind, network(a * z + sig * eps, T), a * z + sig * eps, a, sig).x0
     capped = torch.exp(SCHEDULE.log_snr(T.double())).clamp(max=5)
     wanted = (capped * (x0 - z).square().mean(dim=(1, 2, 3))).mean()
-    loss = denoising_loss(network, SCHEDULE, kind, z, eps, T, min_snr_gamma=5.0)
+    loss = denoising_loss(network, SCHEDULE, kind, z, eps, T, MIN_SNR)
     # float64 rounding, over alpha² = 0.005 at the last level.
     torch.testing.assert_close(loss, wanted, rtol=1e-10, atol=0)
 
@@ -106,8 +179,11 @@ def test_half_precision_answers_are_compared_in_full() -> None:
 
 
 @kinds
-def test_zero_terminal_snr_weighs_finitely(kind: str) -> None:
-    weights = loss_weights(kind, SCHEDULE.zero_terminal_snr(), torch.tensor([0, 999]), 5.0)
+@pytest.mark.parametrize("weighting", WEIGHTINGS)
+def test_zero_terminal_snr_weighs_finitely(kind: str, weighting: str) -> None:
+    weights = loss_weights(
+        kind, SCHEDULE.zero_terminal_snr(), torch.tensor([0, 999]), Loss(weighting)
+    )
     assert weights.isfinite().all()
 
 
@@ -116,5 +192,5 @@ def test_zero_terminal_snr_weighs_finitely(kind: str) -> None:
 def test_the_loss_does_not_wait_for_the_device(kind: str, schedule: Schedule) -> None:
     """On torch's meta device there are no values: to read one back is an error."""
     z, eps = (part.to("meta") for part in batch())
-    loss = denoising_loss(lambda x, t: x, schedule, kind, z, eps, T.to("meta"), 5.0)
+    loss = denoising_loss(lambda x, t: x, schedule, kind, z, eps, T.to("meta"), MIN_SNR)
     assert loss.device.type == "meta"

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
-from ldm_pipeline.diffusion import Noise
+from ldm_pipeline.diffusion import Noise, coarse_noise
 from ldm_pipeline.errors import UserError
 
 SHAPE = (4, 5, 3)
@@ -52,3 +53,40 @@ def test_mistakes_are_named() -> None:
     for seed in (2**70, 1.5, "7"):
         with pytest.raises(UserError, match="seed="):
             Noise.of([seed])  # type: ignore[list-item]  # what a caller without types may pass
+
+
+SIDE = 32
+
+
+def coarse(n: int, **told: float) -> Tensor:
+    """`n` draws of training noise, [n, 4, SIDE, SIDE]."""
+    generator = torch.Generator().manual_seed(0)
+    return torch.stack([coarse_noise((4, SIDE, SIDE), generator, **told) for _ in range(n)])
+
+
+def test_plain_training_noise_is_the_generators() -> None:
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(coarse(1)[0], torch.randn((1, 4, SIDE, SIDE), generator=generator)[0])
+
+
+def test_offset_noise_moves_the_mean_of_a_channel_and_nothing_else() -> None:
+    """Over 1600 channels: their means have variance s² + 1/1024, their insides variance 1."""
+    noise = coarse(400, offset=0.5)
+    means = noise.mean(dim=(2, 3))
+    # 4 standard errors of a variance of 1600: 4 sqrt(2/1600) = 14 %.
+    assert float(means.var()) == pytest.approx(0.25 + 1 / SIDE**2, rel=0.14)
+    inside = (noise - means[:, :, None, None]).var(dim=(2, 3), correction=1)
+    assert float(inside.mean()) == pytest.approx(1.0, rel=0.01)  # 4 sqrt(2 / 1.6 million)
+
+
+def test_pyramid_noise_has_unit_variance_and_grows_coarse() -> None:
+    """Neighbours have more in common the higher the discount; without one, nothing."""
+    alike = []
+    for discount in (0.0, 0.3, 0.6, 0.9):
+        noise = coarse(50, pyramid=discount)
+        # Without a discount it is plain noise, of variance 1 on average only.
+        assert noise.std(dim=(1, 2, 3)).tolist() == pytest.approx([1.0] * 50, abs=0.06)
+        alike.append(float((noise[..., 1:] * noise[..., :-1]).mean()))
+    assert abs(alike[0]) < 4 / noise.numel() ** 0.5  # 4 standard errors
+    assert alike == sorted(alike)
+    assert alike[1] > 0.02
