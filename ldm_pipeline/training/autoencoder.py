@@ -30,6 +30,7 @@ from ldm_pipeline.training.config import (
     must_divide,
 )
 from ldm_pipeline.training.engine import Batch
+from ldm_pipeline.training.start import take_weights
 from ldm_pipeline.training.world_data import WorldSettings, as_tensor, fresh_pictures, noise_of
 
 Crop = Annotated[int, Field(gt=0, le=128, multiple_of=8)]
@@ -89,7 +90,10 @@ class AutoencoderObjective(nn.Module):
             mid_block_add_attention=False,
             sample_size=128,
         )
-        _begin_well(self.vae)
+        if config.begin_from is None:
+            _begin_well(self.vae)
+        else:
+            take_weights(self.vae, config.begin_from)
 
     def batch(self, positions: range) -> Batch:
         """Random crops [B, 3, crop, crop] and the latent noise of each."""

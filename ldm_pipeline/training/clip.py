@@ -38,6 +38,7 @@ from ldm_pipeline.training.config import (
     must_divide,
 )
 from ldm_pipeline.training.engine import Batch
+from ldm_pipeline.training.start import take_weights
 from ldm_pipeline.training.tokenizer import train_tokenizer
 from ldm_pipeline.training.world_data import WorldSettings, as_tensor
 
@@ -81,6 +82,8 @@ class ClipObjective(nn.Module):
         captions = [self.world.told(i)[2] for i in range(20_000)]
         self.tokenizer = train_tokenizer(captions, config.model.merges, config.model.length)
         self.clip = CLIPModel(_clip_config(config.model, self.tokenizer))
+        if config.begin_from is not None:
+            take_weights(self.clip, config.begin_from)
 
     def batch(self, positions: range) -> Batch:
         """Pictures, and token ids of 1 + K captions each [B, 1 + K, L]; the first is true."""

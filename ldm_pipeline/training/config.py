@@ -24,6 +24,7 @@ from ldm_pipeline.errors import UserError, nearest
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -59,7 +60,9 @@ class RunSettings(Settings):
     steps: Positive = 1000
     batch_size: Positive = Field(default=64, description="samples of one update, in all")
     accumulation: Positive = Field(default=1, description="pieces of a process's share")
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+        default="auto", description="auto: bf16 where the hardware has it, else float32"
+    )
     compile: bool = Field(default=False, description="torch.compile it; pays on long runs")
     workers: NonNegative = Field(default=1, description="processes that prepare batches")
     log_every: Positive = 50
@@ -81,6 +84,9 @@ class TrainingConfig(Settings):
 
     run: RunSettings
     optimiser: OptimiserSettings = OptimiserSettings()
+    begin_from: Path | None = Field(
+        default=None, description="folder of a trained model to go on from, not from nothing"
+    )
 
 
 Config = TypeVar("Config", bound=TrainingConfig)

@@ -6,15 +6,15 @@ weights, logs, validation, checkpoints, resume and the end of the run.
 
 Nothing here remembers where it was but the step. The batch of step k, its noise and the learning
 rate are functions of (seed, k), so a run that was killed and started again by the same command goes
-through the same updates, bit for bit on a CPU, and N processes share one global batch.
+through the same updates, bit for bit on a CPU, and N processes share one global batch. Nothing
+waits for the device either, but where something is logged, measured or saved.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import signal
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
@@ -22,18 +22,30 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.training import checkpoint
-from ldm_pipeline.training.config import OptimiserSettings, TrainingConfig, write_yaml
+from ldm_pipeline.training.config import TrainingConfig, write_yaml
+from ldm_pipeline.training.ranks import Ranks, launched
+from ldm_pipeline.training.start import precision
+from ldm_pipeline.training.updates import (
+    Gradients,
+    Guard,
+    MovingAverage,
+    adamw,
+    learning_rate,
+    leave_out,
+    optimiser_tensors,
+)
 
 log = logging.getLogger(__name__)
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+"""Tensors by name, [B, …]; lists and dictionaries of such may lie inside."""
 
 
 @runtime_checkable
@@ -64,240 +76,321 @@ class Interrupted(Exception):
     """The run was asked to stop; everything is saved, and the same command goes on."""
 
 
-class _Steps(Dataset[Batch]):
-    """The share of one process in every step's batch, so that a loader can prepare ahead."""
+class _Steps(Dataset[list[Batch]]):
+    """What one process does in each step, piece by piece, so that a loader can prepare ahead.
 
-    def __init__(self, objective: Objective, batch_size: int, rank: int, world_size: int) -> None:
-        self.objective, self.batch_size = objective, batch_size
-        self.share = batch_size // world_size
-        self.offset = rank * self.share
+    A step's batch is cut into processes x accumulation pieces; each process takes `accumulation`
+    neighbouring ones.
+    """
 
-    def __getitem__(self, step: int) -> Batch:
-        first = step * self.batch_size + self.offset
-        return self.objective.batch(range(first, first + self.share))
+    def __init__(self, objective: Objective, size: int, ranks: Ranks, accumulation: int) -> None:
+        self.objective, self.size = objective, size
+        self.accumulation = accumulation
+        self.share = size // ranks.count
+        self.piece = self.share // accumulation
+        self.offset = ranks.index * self.share
 
+    def __getitem__(self, step: int) -> list[Batch]:
+        return [self.objective.batch(positions) for positions in self.positions(step)]
 
-class MovingAverage:
-    """An exponential moving average of parameters, in float32, with a short memory at the start."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
-        self.decay = decay
-        self.parameters = parameters
-        self.average = {name: p.detach().float().clone() for name, p in parameters.items()}
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Move towards the weights after `step` updates."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        current = [p.detach().float() for p in self.parameters.values()]
-        torch._foreach_lerp_(list(self.average.values()), current, 1 - decay)
-
-    @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """The average stands in for the weights while the block runs."""
-        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
-        with torch.no_grad():
-            for name, p in self.parameters.items():
-                p.copy_(self.average[name])
-            try:
-                yield
-            finally:
-                for name, p in self.parameters.items():
-                    p.copy_(kept[name])
-
-
-def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:
-    """The rate of update `step` (from 0): linear warm-up, constant, linear cool-down to zero."""
-    warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
-    left = steps - step
-    cool = min(1.0, left / settings.cooldown_steps) if settings.cooldown_steps else 1.0
-    return settings.lr * min(warm, cool)
+    def positions(self, step: int) -> list[range]:
+        """The positions of this process's pieces in `step`."""
+        first = step * self.size + self.offset
+        return [
+            range(start, start + self.piece)
+            for start in range(first, first + self.share, self.piece)
+        ]
 
 
 def fit(objective: nn.Module, config: TrainingConfig) -> Path:
     """Train `objective` as `config` says and return the folder of the final model.
 
     The same call again resumes from the newest whole checkpoint; a finished run only exports.
-    Raises UserError for settings that do not fit together, FloatingPointError before the update
-    that a non-finite loss or gradient would have spoilt, and Interrupted after SIGINT or SIGTERM.
+    Raises UserError for settings that do not fit together or the memory, FloatingPointError for a
+    loss or gradient that is not finite (nothing was updated from there on), and Interrupted after
+    SIGINT or SIGTERM.
     """
-    run = config.run
-    accelerator = Accelerator(
-        mixed_precision=run.mixed_precision, log_with="tensorboard", project_dir=run.out
-    )
-    pieces = accelerator.num_processes * run.accumulation
-    if run.batch_size % pieces:
-        raise UserError(
-            f"run.batch_size={run.batch_size} must be a multiple of processes x accumulation, "
-            f"{accelerator.num_processes} x {run.accumulation}"
-        )
-    if run.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("run.mixed_precision='fp16' needs a GPU; use bf16 or no on a CPU")
-    set_seed(run.seed)
-    assert isinstance(objective, Objective)
-    trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
-    optimiser = _adamw(list(trained.values()), config.optimiser)
-    module, optimiser = accelerator.prepare(objective, optimiser)
-    average = MovingAverage(trained, config.optimiser.ema_decay)
-    checkpoints = run.out / "checkpoints"
-
-    start = _resume(checkpoints, trained, average, optimiser)
-    if accelerator.is_main_process:
-        run.out.mkdir(parents=True, exist_ok=True)
-        write_yaml(config, run.out / "config.yaml")
-        accelerator.init_trackers("logs")
-    forward = torch.compile(module) if run.compile else module
-    steps = _Steps(objective, run.batch_size, accelerator.process_index, accelerator.num_processes)
-    loader = DataLoader(
-        steps,
-        batch_size=None,
-        sampler=range(start, run.steps),
-        num_workers=run.workers if start < run.steps else 0,
-        prefetch_factor=4 if run.workers and start < run.steps else None,
-        pin_memory=accelerator.device.type == "cuda",
-        worker_init_fn=_leave_signals_to_the_run,
-    )
-    bar = tqdm(
-        loader,
-        initial=start,
-        total=run.steps,
-        desc=run.out.name,
-        unit="step",
-        dynamic_ncols=True,
-        disable=not accelerator.is_local_main_process,
-    )
-
-    def save(step: int) -> None:
-        if accelerator.is_main_process:
-            parts: dict[str, Mapping[str, Tensor]] = {
-                "weights": trained,
-                "average": average.average,
-                "optimiser": _optimiser_tensors(optimiser, trained),
-            }
-            saved = checkpoint.save(checkpoints, step, parts, {"seed": run.seed})
-            checkpoint.prune(checkpoints, run.keep_checkpoints, saved)
-        accelerator.wait_for_everyone()
-
-    def validate(step: int) -> None:
-        if accelerator.is_main_process:
-            objective.eval()
-            with average.in_place() if config.optimiser.ema_decay else nullcontext():
-                scores = objective.validate()
-            objective.train()
-            accelerator.log({f"validation/{k}": v for k, v in scores.items()}, step=step)
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            bar.write(f"step {step}: {shown}")
-        accelerator.wait_for_everyone()
-
-    objective.train()
+    run = _Run(objective, config)
     with _stop_on_signals() as stop:
-        for step, batch in enumerate(bar, start=start):
-            rate = learning_rate(step, run.steps, config.optimiser)
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            batch = {name: value.to(accelerator.device) for name, value in batch.items()}
-            measures: dict[str, Tensor] = {}
-            for piece in range(run.accumulation):
-                part = {name: value.chunk(run.accumulation)[piece] for name, value in batch.items()}
-                last = piece == run.accumulation - 1
-                with nullcontext() if last else accelerator.no_sync(module):
-                    with accelerator.autocast():
-                        losses = forward(part)
-                    accelerator.backward(losses["loss"] / run.accumulation)
-                for name, value in losses.items():
-                    measures[name] = measures.get(name, 0) + value.detach() / run.accumulation
-            norm = accelerator.clip_grad_norm_(trained.values(), config.optimiser.max_grad_norm)
-            spoilt = not (math.isfinite(float(norm)) and math.isfinite(float(measures["loss"])))
-            if spoilt and run.mixed_precision != "fp16":
-                raise FloatingPointError(
-                    f"step {step}: the gradient's norm is {float(norm)} (loss "
-                    f"{float(measures['loss']):.4g}); nothing was updated. Lower optimiser.lr"
-                )
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-            done = step + 1
-            if config.optimiser.ema_decay:
-                average.update(done)
-            if done % run.log_every == 0:
-                values = {name: float(value) for name, value in measures.items()}
-                accelerator.log({**values, "lr": rate, "grad_norm": float(norm)}, step=done)
-                bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
-            if done % run.validate_every == 0 or done == run.steps:
-                validate(done)
-            if _asked_to_stop(stop, accelerator, done % run.log_every == 0):
-                save(done)
-                accelerator.end_training()
-                raise Interrupted(f"stopped at step {done}; the same command goes on from there")
-            if done % run.save_every == 0 or done == run.steps:
-                save(done)
-    final = run.out / "final"
-    if accelerator.is_main_process:
-        objective.eval()
-        with average.in_place() if config.optimiser.ema_decay else nullcontext():
-            objective.export(final)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    return final
+        run.train(stop)
+    return run.finish()
 
 
-def _adamw(parameters: list[nn.Parameter], settings: OptimiserSettings) -> torch.optim.AdamW:
-    """AdamW in one fused kernel; weight decay on matrices and filters only, not on biases."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(
-        groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
-    )
+class _Run:
+    """One run: the parts that each step goes through."""
 
+    def __init__(self, objective: nn.Module, config: TrainingConfig) -> None:
+        assert isinstance(objective, Objective)
+        run = config.run
+        self.config, self.objective = config, objective
+        mixed_precision = precision(run.mixed_precision, launched().device.type)
+        self.accelerator = Accelerator(
+            mixed_precision=mixed_precision, log_with="tensorboard", project_dir=run.out
+        )
+        self.ranks = Ranks(self.accelerator.state)
+        if run.batch_size % (self.ranks.count * run.accumulation):
+            raise UserError(
+                f"run.batch_size={run.batch_size} must be a multiple of processes x accumulation, "
+                f"{self.ranks.count} x {run.accumulation}"
+            )
+        if mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
+            raise UserError("run.mixed_precision='fp16' needs a GPU; use bf16 or no on a CPU")
+        set_seed(run.seed)
+        self.module = objective.to(self.accelerator.device)
+        self.trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+        self.ranks.start_alike(self.trained.values())
+        self.gradients = Gradients(self.trained)
+        self.guard = Guard(self.accelerator.device)
+        optimiser = adamw(list(self.trained.values()), config.optimiser)
+        self.optimiser: Any = self.accelerator.prepare_optimizer(optimiser)
+        self.average = MovingAverage(self.trained, config.optimiser.ema_decay)
+        self.checkpoints = run.out / "checkpoints"
+        self.forward = torch.compile(self.module) if run.compile else self.module
+        self.accumulation = run.accumulation
+        self.done = self.logged = self._resume()
+        if self.accelerator.is_main_process:
+            run.out.mkdir(parents=True, exist_ok=True)
+            write_yaml(config, run.out / "config.yaml")
+            self.accelerator.init_trackers("logs")
 
-def _optimiser_tensors(optimiser: Any, trained: Mapping[str, nn.Parameter]) -> dict[str, Tensor]:
-    """AdamW's state as named tensors: `<parameter>|exp_avg` and so on."""
-    return {
-        f"{name}|{key}": value
-        for name, parameter in trained.items()
-        for key, value in optimiser.state.get(parameter, {}).items()
-    }
+    # -- the loop ----------------------------------------------------------------------------
 
+    def train(self, stop: list[int]) -> None:
+        """All steps that are left; raises what `fit` raises."""
+        run = self.config.run
+        self.module.train()
+        since = torch.zeros(0)
+        with tqdm(
+            initial=self.done,
+            total=run.steps,
+            desc=run.out.name,
+            unit="step",
+            dynamic_ncols=True,
+            disable=not self.accelerator.is_local_main_process,
+        ) as bar:
+            batches = self._batches()
+            while self.done < run.steps:
+                step = self.done
+                fits = self._backward(step, next(batches))
+                stopping, full = self.ranks.agree(bool(stop), not fits)
+                if full:
+                    self._halve()
+                    batches = self._batches()
+                    continue
+                norm = self._update(step)
+                self.done = done = step + 1
+                since = self.gradients.measures + (since if since.numel() else 0)
+                bar.update()
+                logging_now = done % run.log_every == 0 or done == run.steps
+                saving = stopping or done % run.save_every == 0 or done == run.steps
+                validating = done % run.validate_every == 0 or done == run.steps
+                if logging_now or saving or validating:
+                    self._stop_if_spoilt()
+                if logging_now:
+                    self._log(since / (done - self.logged), norm, bar)
+                    since, self.logged = torch.zeros(0), done
+                if validating:
+                    self._validate(bar)
+                if saving:
+                    self._save()
+                if stopping:
+                    self.accelerator.end_training()
+                    raise Interrupted(
+                        f"stopped at step {done}; the same command goes on from there"
+                    )
 
-def _resume(
-    folder: Path,
-    trained: Mapping[str, nn.Parameter],
-    average: MovingAverage,
-    optimiser: Any,
-) -> int:
-    """Put the newest whole checkpoint in place; the step to go on with, 0 where there is none."""
-    newest = checkpoint.newest(folder)
-    if newest is None:
-        return 0
-    parts, state = checkpoint.load(newest)
-    if parts["weights"].keys() != trained.keys():
-        raise UserError(f"{newest} holds another model; choose another run.out or remove it")
-    with torch.no_grad():
-        for name, parameter in trained.items():
-            if parts["weights"][name].shape != parameter.shape:
-                raise UserError(f"{newest} holds another model ({name} has another shape)")
-            parameter.copy_(parts["weights"][name])
-            average.average[name].copy_(parts["average"][name])
-            prefix = f"{name}|"
-            optimiser.state[parameter] = {
-                key.removeprefix(prefix): value.to(parameter.device if value.ndim else "cpu")
-                for key, value in parts["optimiser"].items()
-                if key.startswith(prefix)
+    def finish(self) -> Path:
+        """Export the model, the moving average in place where there is one."""
+        final = self.config.run.out / "final"
+        if self.accelerator.is_main_process:
+            self.module.eval()
+            with self._averaged():
+                self.objective.export(final)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.end_training()
+        return final
+
+    # -- one step ----------------------------------------------------------------------------
+
+    def _backward(self, step: int, pieces: Sequence[Batch]) -> bool:
+        """The gradients of this process's share; False where it did not fit into the memory."""
+        self.gradients.clear()
+        try:
+            for number, batch in enumerate(pieces, start=self.ranks.index * len(pieces)):
+                torch.manual_seed(_seed(self.config.run.seed, step, number))
+                batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
+                with self.accelerator.autocast():
+                    losses = self.forward(batch)
+                loss = losses["loss"] / len(pieces)
+                scaler = self.accelerator.scaler
+                (loss if scaler is None else scaler.scale(loss)).backward()
+                self.gradients.measure(losses, 1 / len(pieces))
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    def _update(self, step: int) -> Tensor:
+        """Average over the processes, clip, and move weights and average; the gradients' norm."""
+        optimiser = self.config.optimiser
+        self.ranks.average(self.gradients.buffer)
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            scaler.unscale_(getattr(self.optimiser, "optimizer", self.optimiser))
+        norm = self.gradients.clip(optimiser.max_grad_norm)
+        finite = torch.isfinite(self.gradients.measures).all()
+        if scaler is None:  # under fp16 an infinite gradient is common: the scaler leaves it out
+            finite &= torch.isfinite(norm)
+        self.guard.watch(step, finite)
+        rate = learning_rate(step, self.config.run.steps, optimiser)
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        if scaler is None:
+            leave_out(self.optimiser, self.guard.closed)
+        self.optimiser.step()
+        if optimiser.ema_decay:
+            self.average.update(step + 1, self.guard.closed)
+        return norm
+
+    def _halve(self) -> None:
+        """Go on with pieces of half the size: the batch of an update stays what it was."""
+        piece = self._steps().piece
+        if piece == 1:
+            raise UserError(
+                "out of memory with a single sample: use smaller pictures, a smaller model or, on "
+                "a GPU, run.mixed_precision=bf16"
+            )
+        parts = next(n for n in range(2, piece + 1) if piece % n == 0)
+        self.accumulation *= parts
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if self.accelerator.is_main_process:
+            log.warning(
+                "out of memory with %d samples at once: going on with %d at once and %d pieces a "
+                "process; an update is still made of %d samples",
+                piece,
+                piece // parts,
+                self.accumulation,
+                self.config.run.batch_size,
+            )
+
+    def _stop_if_spoilt(self) -> None:
+        """Raise where a step since the last look was not finite; names the samples to blame."""
+        bad = self.guard.first_bad()
+        if bad is None:
+            return
+        blamed = self.ranks.told(", ".join(self._culprits(bad)))
+        where = f" ({', '.join(blamed)})" if blamed else ""
+        raise FloatingPointError(
+            f"step {bad}: the loss or a gradient is not finite{where}; nothing was updated from "
+            "there on. Lower optimiser.lr, or look at the sample"
+        )
+
+    def _culprits(self, step: int) -> list[str]:
+        """Which of this process's samples of `step` have a loss or gradient that is not finite."""
+        found = []
+        for position in (p for piece in self._steps().positions(step) for p in piece):
+            self._backward(step, [self.objective.batch(range(position, position + 1))])
+            if not torch.isfinite(self.gradients.buffer).all():
+                found.append(_named(self.objective, position))
+        return found
+
+    # -- around the steps --------------------------------------------------------------------
+
+    def _steps(self) -> _Steps:
+        return _Steps(self.objective, self.config.run.batch_size, self.ranks, self.accumulation)
+
+    def _batches(self) -> Iterator[list[Batch]]:
+        """The pieces of every step from here on, prepared ahead by workers if there are any."""
+        run = self.config.run
+        if self.done >= run.steps:
+            return iter(())
+        return iter(
+            DataLoader(
+                self._steps(),
+                batch_size=None,
+                sampler=range(self.done, run.steps),
+                num_workers=run.workers,
+                prefetch_factor=4 if run.workers else None,
+                pin_memory=self.accelerator.device.type == "cuda",
+                worker_init_fn=_leave_signals_to_the_run,
+            )
+        )
+
+    def _log(self, means: Tensor, norm: Tensor, bar: Any) -> None:
+        """Write the means since the last time; the first thing in many steps that waits."""
+        if not self.accelerator.is_main_process:
+            return
+        values = dict(zip(self.gradients.names, means.tolist(), strict=True))
+        rate = self.optimiser.param_groups[0]["lr"]
+        self.accelerator.log({**values, "lr": rate, "grad_norm": float(norm)}, step=self.done)
+        bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
+
+    def _validate(self, bar: Any) -> None:
+        if self.accelerator.is_main_process:
+            self.module.eval()
+            with self._averaged():
+                scores = self.objective.validate()
+            self.module.train()
+            self.accelerator.log({f"validation/{k}": v for k, v in scores.items()}, step=self.done)
+            shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+            bar.write(f"step {self.done}: {shown}")
+        self.accelerator.wait_for_everyone()
+
+    def _averaged(self) -> Any:
+        return self.average.in_place() if self.config.optimiser.ema_decay else nullcontext()
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            parts: dict[str, Mapping[str, Tensor]] = {
+                "weights": self.trained,
+                "average": self.average.average,
+                "optimiser": optimiser_tensors(self.optimiser, self.trained),
             }
-    log.info("going on from %s", newest)
-    return int(state["step"])
+            state = {
+                "seed": self.config.run.seed,
+                "accumulation": self.accumulation,
+                "processes": self.ranks.count,
+            }
+            saved = checkpoint.save(self.checkpoints, self.done, parts, state)
+            checkpoint.prune(self.checkpoints, self.config.run.keep_checkpoints, saved)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> int:
+        """Put the newest whole checkpoint in place; the step to go on with, 0 without one."""
+        newest = checkpoint.newest(self.checkpoints)
+        if newest is None:
+            return 0
+        parts, state = checkpoint.load(newest)
+        if parts["weights"].keys() != self.trained.keys():
+            raise UserError(f"{newest} holds another model; choose another run.out or remove it")
+        with torch.no_grad():
+            for name, parameter in self.trained.items():
+                if parts["weights"][name].shape != parameter.shape:
+                    raise UserError(f"{newest} holds another model ({name} has another shape)")
+                parameter.copy_(parts["weights"][name])
+                self.average.average[name].copy_(parts["average"][name])
+                prefix = f"{name}|"
+                self.optimiser.state[parameter] = {
+                    key.removeprefix(prefix): value.to(parameter.device)
+                    for key, value in parts["optimiser"].items()
+                    if key.startswith(prefix)
+                }
+        log.info("going on from %s", newest)
+        smaller = int(state.get("accumulation", 0))  # an earlier process ran out of memory
+        if smaller > self.accumulation and self._steps().share % smaller == 0:
+            self.accumulation = smaller
+        return int(state["step"])
 
 
-def _asked_to_stop(received: list[int], accelerator: Accelerator, may_wait: bool) -> bool:
-    """Whether a signal came; several processes ask each other, but only where they `may_wait`,
-    so that all stop after the same step and none waits for the others in vain."""
-    if accelerator.num_processes == 1:
-        return bool(received)
-    if not may_wait:
-        return False
-    flag = torch.tensor(float(bool(received)), device=accelerator.device)
-    return bool(accelerator.reduce(flag, reduction="sum") > 0)
+def _seed(seed: int, step: int, piece: int) -> int:
+    """The seed of what a model draws itself (dropout) in one piece of one step of all processes."""
+    return (seed * 0x9E3779B1 + step * 0x85EBCA6B + piece * 0xC2B2AE35) % 2**63
+
+
+def _named(objective: Objective, position: int) -> str:
+    """How the objective calls a sample, its position where it has no name."""
+    name = getattr(objective, "name_of", None)
+    return str(name(position)) if name is not None else f"sample {position}"
 
 
 def _leave_signals_to_the_run(worker: int) -> None:

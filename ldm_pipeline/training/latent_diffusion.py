@@ -11,14 +11,13 @@ pictures; its caption is worded anew in each pass.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -26,13 +25,13 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import AttnProcessor
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ldm_pipeline.data import cache
+from ldm_pipeline.data.cache import Cache, Entry, Share, fill, key_of
 from ldm_pipeline.data.world import World, caption_of, held_out_caption
-from ldm_pipeline.diffusion.losses import denoising_errors, denoising_loss
+from ldm_pipeline.diffusion.losses import Loss, denoising_errors, denoising_loss
 from ldm_pipeline.diffusion.schedule import Schedule
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import autoencoder
@@ -47,6 +46,9 @@ from ldm_pipeline.training.config import (
     must_divide,
 )
 from ldm_pipeline.training.engine import Batch
+from ldm_pipeline.training.levels import LevelSettings
+from ldm_pipeline.training.ranks import launched
+from ldm_pipeline.training.start import precision, take_weights
 from ldm_pipeline.training.world_data import WorldSettings, as_tensor, noise_of
 
 PREDICTS = "v_prediction"
@@ -67,9 +69,10 @@ signal at its last level that the starting noise would decide the background's c
 
 
 class UnetSettings(Settings):
-    """The shape of the UNet: attention on all levels but the first, where it costs most."""
+    """The shape of the UNet, level by level from the finest; the middle always attends."""
 
-    channels: tuple[Positive, ...] = (96, 144, 144)
+    channels: tuple[Positive, ...] = (64, 128, 192)
+    attends: tuple[bool, ...] = (True, True, False)
     layers_per_block: Positive = 1
     heads: Positive = 4
     norm_groups: Positive = 16
@@ -77,7 +80,11 @@ class UnetSettings(Settings):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         must_divide("norm_groups", self.norm_groups, channels=self.channels)
-        must_divide("heads", self.heads, channels=self.channels[1:])
+        must_divide("heads", self.heads, channels=self.channels)
+        if len(self.attends) != len(self.channels):
+            raise ValueError(
+                f"attends={self.attends} must tell of {len(self.channels)} levels, as channels does"
+            )
         return self
 
 
@@ -97,8 +104,11 @@ class LatentDiffusionConfig(TrainingConfig):
     train_text_encoder: bool = True
     model: UnetSettings = UnetSettings()
     data: CachedWorldSettings = CachedWorldSettings()
+    levels: LevelSettings = LevelSettings()
     caption_dropout: Fraction = 0.1
-    min_snr_gamma: PositiveFloat | None = None
+    min_snr_gamma: PositiveFloat | None = Field(
+        default=None, description="min-SNR weights (2303.09556), capped here; 5 is usual"
+    )
 
 
 class LatentDiffusionObjective(nn.Module):
@@ -111,14 +121,21 @@ class LatentDiffusionObjective(nn.Module):
                 raise UserError(f"{folder} is missing; train it first")
         torch.manual_seed(config.run.seed)
         self.config = config
+        self._device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._precision = precision(config.run.mixed_precision, self._device)
         self.world = World(config.data.seed)
         self.tokenizer = CLIPTokenizer.from_pretrained(config.text / "tokenizer")
         self.text_encoder = CLIPTextModel.from_pretrained(
             config.text / "text_encoder", attn_implementation="eager"
         )
         self.text_encoder.requires_grad_(config.train_text_encoder)
-        self.unet = _unet(config.model, self.text_encoder.config.hidden_size)
+        self.unet = _unet(config.model, self.text_encoder.config.hidden_size, self._precision)
+        if config.begin_from is not None:
+            take_weights(self.unet, config.begin_from / "unet")
+            take_weights(self.text_encoder, config.begin_from / "text_encoder")
         self.schedule = Schedule.from_config(SCHEDULER)
+        gamma = config.min_snr_gamma
+        self.loss = Loss() if gamma is None else Loss("min_snr", gamma)
         self._vae = [AutoencoderKL.from_pretrained(config.autoencoder)]  # in a list: not trained
         self.mean, self.std = self._cached()
 
@@ -131,7 +148,7 @@ class LatentDiffusionObjective(nn.Module):
             rng = np.random.default_rng([seed, 3, position])
             indices.append(index)
             captions.append(self._caption(index, rng))
-            levels.append(int(rng.integers(self.schedule.num_train_timesteps)))
+            levels.append(self.config.levels.draw(rng, self.schedule.num_train_timesteps))
         shape = self.mean.shape[1:]
         mean, std = self.mean[indices].float(), self.std[indices].float()
         noise = noise_of(positions, (2, *shape), seed)
@@ -152,30 +169,32 @@ class LatentDiffusionObjective(nn.Module):
             batch["z"],
             batch["eps"],
             batch["t"],
-            self.config.min_snr_gamma,
+            self.loss,
         )
         return {"loss": loss}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """The unweighted loss on 256 pictures of the test split, in four bands of levels."""
+        """The unweighted loss on 256 pictures of the test split, in four bands of levels.
+
+        `words` is how much greater the loss is with the caption of another picture: 0 where the
+        words are not heard.
+        """
         world, device = World(self.config.data.seed, "test"), self.unet.device
         samples = [world[i] for i in range(256)]
         z, _ = autoencoder.encode(self._vae[0].to(device), _stack(samples).to(device))
         tokens = tokenise(self.tokenizer, [s.caption for s in samples], warn=False).input_ids
         eps = noise_of(range(256), tuple(z.shape[1:]), 1).to(device)
         t = torch.linspace(0, self.schedule.num_train_timesteps - 1, 256, device=device).round()
-        errors = denoising_errors(
-            bind(self.unet, self.text_encoder(tokens.to(device))[0]),
-            self.schedule,
-            PREDICTS,
-            z,
-            eps,
-            t,
+        embeds = self.text_encoder(tokens.to(device))[0]
+        errors, astray = (
+            denoising_errors(bind(self.unet, told), self.schedule, PREDICTS, z, eps, t)
+            for told in (embeds, embeds.roll(1, dims=0))
         )
         bands = errors.view(4, 64).mean(dim=1).tolist()
         named = {f"loss_band_{i}": value for i, value in enumerate(bands)}
-        return {"loss": float(errors.mean()), **named}
+        words = float((astray - errors).mean())
+        return {"loss": float(errors.mean()), "words": words, **named}
 
     def export(self, folder: Path) -> None:
         """Write the whole pipeline in Diffusers layout, in 16 bits."""
@@ -211,40 +230,41 @@ class LatentDiffusionObjective(nn.Module):
     def _cached(self) -> tuple[Tensor, Tensor]:
         """Mean and std of all pictures' latents, scaled to unit variance, float16."""
         vae, data = self._vae[0], self.config.data
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = self._device
         vae.to(device)
 
-        def encode(indices: range) -> tuple[Tensor, Tensor]:
+        def encode(indices: Sequence[int]) -> list[Entry]:
             pictures = as_tensor([self.world[i].picture for i in indices]).to(device)
-            with torch.autocast(device, torch.bfloat16, self.config.run.mixed_precision == "bf16"):
+            with torch.autocast(device, torch.bfloat16, self._precision == "bf16"):
                 mean, std = autoencoder.encode(vae, pictures)
-            return mean.float().cpu(), std.float().cpu()
+            halves = zip(mean.half().cpu(), std.half().cpu(), strict=True)
+            return [{"mean": m, "std": s} for m, s in halves]
 
-        key = cache.key_of(
-            vae.state_dict(),
-            vae.config.scaling_factor,
-            self.config.run.mixed_precision,
-            "world",
-            data.seed,
+        key = key_of(
+            vae.state_dict(), vae.config.scaling_factor, self._precision, "world", data.seed
         )
-        state = PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
-        share = cache.Share(state.process_index, state.num_processes, state.wait_for_everyone)
-        return cache.latents(data.cache / key, data.pictures, encode, share)
+        state = launched()
+        share = Share(state.process_index, state.num_processes, state.wait_for_everyone)
+        cache = Cache(data.cache / key)
+        keys = [f"{index:08d}" for index in range(data.pictures)]
+        fill(cache, keys, encode, share)
+        entries = [cache[key] for key in keys]
+        return torch.stack([e["mean"] for e in entries]), torch.stack([e["std"] for e in entries])
 
 
-def _unet(settings: UnetSettings, text_channels: int) -> UNet2DConditionModel:
-    attending = len(settings.channels) - 1
+def _unet(settings: UnetSettings, text_channels: int, dtype: str) -> UNet2DConditionModel:
+    down = ["CrossAttnDownBlock2D" if attends else "DownBlock2D" for attends in settings.attends]
     unet = UNet2DConditionModel(
         sample_size=16,
         block_out_channels=settings.channels,
-        down_block_types=("DownBlock2D", *("CrossAttnDownBlock2D",) * attending),
-        up_block_types=(*("CrossAttnUpBlock2D",) * attending, "UpBlock2D"),
+        down_block_types=tuple(down),
+        up_block_types=tuple(name.replace("Down", "Up") for name in reversed(down)),
         layers_per_block=settings.layers_per_block,
         attention_head_dim=settings.heads,  # diffusers' historical name for the number of heads
         cross_attention_dim=text_channels,
         norm_num_groups=settings.norm_groups,
     )
-    if not torch.cuda.is_available():
+    if dtype == "bf16" and not torch.cuda.is_available():
         # On a CPU the fused attention's backward in bf16 takes 24 % of the step; with plain matrix
         # products a step is 1.5 x faster (109 samples/s instead of 70, on 2 cores).
         unet.set_attn_processor(AttnProcessor())

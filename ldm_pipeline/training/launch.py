@@ -7,12 +7,12 @@ import sys
 from collections.abc import Callable
 from typing import TypeVar
 
-from accelerate import PartialState
 from torch import nn
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.training.config import TrainingConfig, parse
 from ldm_pipeline.training.engine import Interrupted, fit
+from ldm_pipeline.training.ranks import launched
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
@@ -32,5 +32,5 @@ def launch(config: type[Config], objective: Callable[[Config], nn.Module]) -> No
     except FloatingPointError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
-    if PartialState().is_main_process:
+    if launched().is_main_process:
         print(f"the trained model is in {final}")

@@ -18,13 +18,14 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.training import checkpoint
 from ldm_pipeline.training.config import OptimiserSettings, TrainingConfig
-from ldm_pipeline.training.engine import (
-    Batch,
-    Interrupted,
+from ldm_pipeline.training.engine import Batch, Interrupted, Objective, fit
+from ldm_pipeline.training.updates import (
+    Gradients,
+    Guard,
     MovingAverage,
-    Objective,
-    fit,
+    adamw,
     learning_rate,
+    leave_out,
 )
 from tests.training.toy import Toy, settings
 
@@ -225,10 +226,10 @@ def test_gradients_are_clipped_and_the_log_says_from_where(
     config = settings(tmp_path, max_grad_norm=0.5)
     fit(Toy(config, scale=scale), config)
     assert len(logged) == len(updates) == config.run.steps
-    for before, update in zip(logged, updates, strict=True):
+    for before, seen in zip(logged, updates, strict=True):
         # Rounding of the factor and of 45 products in float32.
-        assert update["norm"] == pytest.approx(min(before, 0.5), rel=1e-5)
-        assert update["norm"] <= 0.5 * (1 + 1e-6)
+        assert seen["norm"] == pytest.approx(min(before, 0.5), rel=1e-5)
+        assert seen["norm"] <= 0.5 * (1 + 1e-6)
         assert (before > 0.5) == (scale > 1)
 
 
@@ -241,8 +242,8 @@ def test_everything_that_requires_gradients_is_trained_and_nothing_else(
     before = {name: p.detach().clone() for name, p in toy.named_parameters()}
     fit(toy, config)
     wanted = {id(p) for p in toy.parameters() if p.requires_grad}
-    for update in updates:
-        assert update["held"] == update["with gradient"] == wanted
+    for seen in updates:
+        assert seen["held"] == seen["with gradient"] == wanted
     moved = {n for n, p in toy.named_parameters() if not torch.equal(p, before[n])}
     assert moved == TRAINED
     parts = saved(config)
@@ -273,8 +274,8 @@ def test_the_learning_rate_has_its_course(tmp_path: Path, updates: list[dict[str
 
     config = settings(tmp_path)
     fit(Toy(config), config)
-    for step, update in enumerate(updates):
-        assert update["lr"] == {learning_rate(step, config.run.steps, config.optimiser)}
+    for step, seen in enumerate(updates):
+        assert seen["lr"] == {learning_rate(step, config.run.steps, config.optimiser)}
 
 
 def test_the_moving_average_is_a_weighted_sum_of_all_weights() -> None:
@@ -331,19 +332,19 @@ def test_the_final_model_is_the_average_where_there_is_one(
 
 
 class Spoilt(Toy):
-    """A toy whose third step is not finite."""
+    """A toy whose sample 13, the second of step 3, is not finite."""
 
     def __init__(self, config: TrainingConfig, where: str) -> None:
         super().__init__(config)
         self.where = where
 
     def batch(self, positions: range) -> Batch:
-        """Marks step 3, and spoils its input if asked."""
+        """Marks sample 13, and spoils its input if asked."""
         batch = super().batch(positions)
-        spoilt = positions.start == 3 * 4
-        if spoilt and self.where == "input":
-            batch["x"][1, 2] = torch.inf
-        return {**batch, "spoilt": torch.tensor([spoilt] * len(positions))}
+        spoilt = torch.tensor([position == 13 for position in positions])
+        if self.where == "input":
+            batch["x"][spoilt, 2] = torch.inf
+        return {**batch, "spoilt": spoilt}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The toy's loss, or one that is infinite, or one whose gradient is."""
@@ -362,12 +363,112 @@ def test_what_is_not_finite_stops_before_the_update(tmp_path: Path, where: str) 
     """The error names the step; weights and checkpoints are those of the last good update."""
     config = settings(tmp_path, save_every=1)
     toy = Spoilt(config, where)
-    with pytest.raises(FloatingPointError, match=r"step 3: .*nothing was updated"):
+    with pytest.raises(FloatingPointError, match=r"step 3: .*\(sample 13\); nothing was updated"):
         fit(toy, config)
     names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
     assert names == {"step-00000002", "step-00000003"}
     assert_same(saved(config)["weights"], {n: toy.get_parameter(n).detach() for n in TRAINED})
     assert not (tmp_path / "final").exists()
+
+
+def test_what_was_not_finite_is_found_later_with_the_sample_and_nothing_is_lost(
+    tmp_path: Path,
+) -> None:
+    """Looked at every 5 steps only: the weights are still those before step 3."""
+    config = settings(tmp_path / "spoilt", validate_every=100)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"log_every": 5})})
+    toy = Spoilt(config, "input")
+    with pytest.raises(FloatingPointError, match=r"^step 3: .*\(sample 13\)"):
+        fit(toy, config)
+    assert not (tmp_path / "spoilt" / "checkpoints").exists()
+    good = settings(tmp_path / "good", steps=6, save_every=1, keep_checkpoints=9)
+    fit(Toy(good), good)
+    before = checkpoint.load(good.run.out / "checkpoints" / "step-00000003")[0]["weights"]
+    assert_same(before, {n: toy.get_parameter(n).detach() for n in TRAINED})
+
+
+def test_a_closed_guard_leaves_everything_as_it_was() -> None:
+    """Weights, moments, the count of steps and the moving average; it opens no more by itself."""
+    layer = nn.Linear(3, 2)
+    trained = dict(layer.named_parameters())
+    gradients, guard = Gradients(trained), Guard(torch.device("cpu"))
+    optimiser, average = (
+        adamw(list(trained.values()), OptimiserSettings()),
+        MovingAverage(trained, 0.9),
+    )
+
+    def state() -> list[Tensor]:
+        inner = [v for held in optimiser.state.values() for v in held.values()]
+        return [t.detach().clone() for t in [*trained.values(), *average.average.values(), *inner]]
+
+    states = []
+    for step, value in enumerate([1.0, torch.nan, 1.0]):
+        gradients.flat.fill_(value)
+        guard.watch(step, torch.isfinite(gradients.clip(1.0)))
+        leave_out(optimiser, guard.closed)
+        optimiser.step()
+        average.update(step + 1, guard.closed)
+        states.append(state())
+    assert guard.first_bad() == 1
+    assert len(states[0]) == 2 + 2 + 6
+    for later in states[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(states[0], later, strict=True))
+
+
+class Full(Toy):
+    """A toy whose memory holds two samples in training and no more."""
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The toy's losses."""
+        if self.training and len(batch["x"]) > 2:
+            raise torch.OutOfMemoryError("out of memory")
+        return super().forward(batch)
+
+
+def test_what_does_not_fit_is_done_in_more_pieces(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """8 samples in 4 pieces of 2: said, remembered, and the same bits as asked for so at once."""
+    asked = settings(tmp_path / "asked", batch_size=8, accumulation=4)
+    found = settings(tmp_path / "found", batch_size=8, save_every=3)
+    fit(Toy(asked), asked)
+    with pytest.raises(Interrupted):
+        fit(Full(found, stop_in(3, 8, signal.SIGTERM)), found)
+    assert "going on with 4 at once and 2 pieces" in caplog.text
+    assert "going on with 2 at once and 4 pieces" in caplog.text
+    caplog.clear()
+    fit(Full(found), found)
+    assert "out of memory" not in caplog.text
+    assert_same(exported(asked), exported(found))
+
+
+def test_a_sample_that_never_fits_ends_in_one_line(tmp_path: Path) -> None:
+    class Fuller(Toy):
+        def forward(self, batch: Batch) -> dict[str, Tensor]:
+            raise torch.OutOfMemoryError("out of memory")
+
+    config = settings(tmp_path)
+    with pytest.raises(UserError, match="out of memory with a single sample"):
+        fit(Fuller(config), config)
+
+
+def test_dropout_is_a_function_of_the_step(tmp_path: Path) -> None:
+    """What the model itself draws comes again after a stop."""
+
+    class Dropping(Toy):
+        def forward(self, batch: Batch) -> dict[str, Tensor]:
+            return super().forward({**batch, "x": nn.functional.dropout(batch["x"], 0.5)})
+
+    whole, broken = settings(tmp_path / "whole"), settings(tmp_path / "broken")
+    fit(Dropping(whole), whole)
+    with pytest.raises(Interrupted):
+        fit(Dropping(broken, stop_in(2, 4, signal.SIGINT)), broken)
+    torch.rand(5)
+    fit(Dropping(broken), broken)
+    assert_same(exported(whole), exported(broken))
+    plain = settings(tmp_path / "plain")
+    fit(Toy(plain), plain)
+    assert not torch.equal(exported(plain)["last.weight"], exported(whole)["last.weight"])
 
 
 def test_a_batch_that_cannot_be_shared_is_refused(tmp_path: Path) -> None:

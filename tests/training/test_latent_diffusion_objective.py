@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from statistics import NormalDist
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
 from ldm_pipeline import load
-from ldm_pipeline.data import cache
 from ldm_pipeline.data.world import World
 from ldm_pipeline.models import autoencoder
-from ldm_pipeline.training.latent_diffusion import LatentDiffusionConfig, LatentDiffusionObjective
+from ldm_pipeline.training.latent_diffusion import (
+    LatentDiffusionConfig,
+    LatentDiffusionObjective,
+    UnetSettings,
+)
+from ldm_pipeline.training.levels import LevelSettings
 from ldm_pipeline.training.world_data import as_tensor
 from tests.training import laws
 
@@ -77,12 +83,54 @@ def test_the_asked_share_of_captions_is_dropped(built: LatentDiffusionObjective)
     assert len(tokens.unique(dim=0)) > 100  # worded anew in each pass
 
 
-def test_levels_cover_the_schedule(built: LatentDiffusionObjective) -> None:
-    t = built.batch(range(400))["t"]
-    assert t.min() >= 0
-    assert t.max() <= 999
-    # 400 uniform draws: 5 standard errors of their mean.
-    assert abs(float(t.float().mean()) - 499.5) < 5 * 288.7 / 400**0.5
+@pytest.mark.parametrize("uniform", [1.0, 0.2, 0.0])
+def test_levels_have_their_distribution(built: LatentDiffusionObjective, uniform: float) -> None:
+    """The law of the draws is the mixture's within what 2000 draws can tell (DKW, 1 in 1500)."""
+    settings = LevelSettings(uniform=uniform)
+    rng = np.random.default_rng(0)
+    drawn = np.sort([settings.draw(rng, 1000) for _ in range(2000)])
+    assert drawn[0] >= 0
+    assert drawn[-1] <= 999
+    share = (drawn + 0.5) / 1000
+    normal = NormalDist(settings.mean, settings.std)
+    logit = np.log(share / (1 - share))
+    law = uniform * share + (1 - uniform) * np.array([normal.cdf(value) for value in logit])
+    assert np.abs(law - np.arange(2000) / 2000).max() < 2.0 / 2000**0.5
+    seen = built.batch(range(8))["t"]
+    assert len(seen.unique()) > 1
+    assert torch.equal(seen, built.batch(range(8))["t"])
+
+
+@pytest.mark.parametrize("attends", [(True, True, False), (False, True, True)])
+def test_attention_is_where_it_was_asked_for(
+    built: LatentDiffusionObjective, attends: tuple[bool, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = built.config.model.model_copy(update={"attends": attends})
+    config = built.config.model_copy(update={"model": model})
+    monkeypatch.setattr(LatentDiffusionObjective, "_cached", lambda _: (built.mean, built.std))
+    unet = LatentDiffusionObjective(config).unet
+    assert tuple(hasattr(block, "attentions") for block in unet.down_blocks) == attends
+    assert tuple(hasattr(block, "attentions") for block in unet.up_blocks) == attends[::-1]
+
+
+def test_a_level_too_few_is_refused() -> None:
+    with pytest.raises(ValueError, match="must tell of 3 levels"):
+        UnetSettings(attends=(True, False))
+
+
+def test_it_goes_on_from_what_was_exported(
+    built: LatentDiffusionObjective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights come back as they were written, in 16 bits; another run's seed changes nothing."""
+    built.export(tmp_path)
+    run = built.config.run.model_copy(update={"seed": 1})
+    config = built.config.model_copy(update={"begin_from": tmp_path, "run": run})
+    monkeypatch.setattr(LatentDiffusionObjective, "_cached", lambda _: (built.mean, built.std))
+    again = LatentDiffusionObjective(config)
+    for name in ("unet", "text_encoder"):
+        before, after = getattr(built, name), getattr(again, name)
+        for (key, value), other in zip(before.named_parameters(), after.parameters(), strict=True):
+            assert torch.equal(value.half().float(), other), key
 
 
 @pytest.mark.parametrize("tuned", [True, False])
@@ -91,7 +139,7 @@ def test_what_is_trained(
 ) -> None:
     """The UNet, the text encoder if asked, the autoencoder never."""
     config = built.config.model_copy(update={"train_text_encoder": tuned})
-    monkeypatch.setattr(cache, "latents", lambda *_: (built.mean, built.std))
+    monkeypatch.setattr(LatentDiffusionObjective, "_cached", lambda _: (built.mean, built.std))
     objective = LatentDiffusionObjective(config)
     trained = {
         name.partition(".")[0] for name, p in objective.named_parameters() if p.requires_grad
@@ -131,6 +179,7 @@ def test_the_export_draws_in_stock_and_in_ours(
 def test_measures_repeat(built: LatentDiffusionObjective) -> None:
     measures = built.validate()
     assert measures == built.validate()
+    assert measures["words"] != 0
     bands = [measures[f"loss_band_{i}"] for i in range(4)]
     assert sum(bands) / 4 == pytest.approx(measures["loss"], rel=1e-5)  # float32 means
 

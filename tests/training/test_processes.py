@@ -86,7 +86,9 @@ def test_two_processes_do_what_one_does(tmp_path: Path, started: list[Process]) 
         newest = checkpoint.newest(tmp_path / name / "checkpoints")
         assert newest is not None
         assert newest.name == "step-00000005"
-        parts.append(checkpoint.load(newest)[0])
+        loaded, state = checkpoint.load(newest)
+        assert state["processes"] == {"one": 1, "two": 2}[name]
+        parts.append(loaded)
     for part, tensors in parts[0].items():
         for name, value in tensors.items():
             difference = (value - parts[1][part][name]).norm()

@@ -1,0 +1,281 @@
+"""Captioned pictures as a LoRA training reads them: looked at, encoded once, in a fixed order.
+
+Each picture goes once through the autoencoder and each wording once through the text encoder; the
+answers are kept in caches whose keys hold everything that decides them, so that editing a picture
+or changing the model encodes anew exactly what changed. Training itself then calls neither.
+
+Legend
+    item     a picture of the data set with its captions, see `data.captioned`
+    sample   one item at one position of the run's endless stream of epochs
+    mask     what of the latents counts, [1, h, w] from 0 to 1
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from pydantic import Field, model_validator
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from ldm_pipeline.data import captioned, wording
+from ldm_pipeline.data.buckets import CENTRE, Buckets, Transform, aspect_buckets, crop_at, one_size
+from ldm_pipeline.data.cache import Cache, Entry, Share, fill, key_of
+from ldm_pipeline.data.captioned import Item
+from ldm_pipeline.data.decoding import read_size
+from ldm_pipeline.data.order import epoch_order
+from ldm_pipeline.data.sources import BadPicture
+from ldm_pipeline.errors import UserError
+from ldm_pipeline.models import autoencoder, text
+from ldm_pipeline.training.config import Fraction, NonNegative, NonNegativeFloat, Positive, Settings
+
+log = logging.getLogger(__name__)
+
+
+class CaptionSettings(Settings):
+    """How captions are varied; see `data.wording`."""
+
+    dropout: Fraction = Field(default=0.1, description="probability of the empty caption")
+    shuffle_tags: bool = Field(default=False, description="reorder what commas separate")
+    tag_dropout: Fraction = Field(default=0.0, description="probability for each tag to go")
+    keep_tags: NonNegative = Field(default=0, description="so many first tags stay in place")
+    variants: Positive = Field(default=4, description="versions of a varied caption")
+    key: str | None = Field(default=None, description="where a record's captions are")
+    default: str | None = Field(default=None, description="for pictures that have none")
+
+    @property
+    def wording(self) -> wording.Wording:
+        """The part that varies captions."""
+        return wording.Wording(
+            self.dropout, self.shuffle_tags, self.tag_dropout, self.keep_tags, self.variants
+        )
+
+
+class CaptionedSettings(Settings):
+    """Which pictures, at what size, with what words."""
+
+    source: str = Field(description="folder, .tar, .parquet or hub id")
+    resolution: Positive = Field(default=512, description="side of the square with this area")
+    bucket_step: Positive = Field(default=64, description="sides are multiples of it")
+    fixed: bool = Field(default=False, description="one square size for all pictures")
+    upscale: bool = Field(default=False, description="enlarge pictures that are too small")
+    random_crop: bool = Field(default=False, description="crop at a place of its own, not centred")
+    alpha_masks: bool = Field(default=False, description="a picture's alpha is its mask")
+    limit: Positive | None = Field(default=None, description="only the first so many pictures")
+    strict: bool = Field(default=False, description="stop at a bad picture, not leave it out")
+    regularisation: str | None = Field(default=None, description="pictures to keep knowing")
+    regularisation_weight: NonNegativeFloat = 1.0
+    held_out: Fraction = Field(default=0.0, description="share kept for validation alone")
+    cache: Path = Path("cache")
+    captions: CaptionSettings = CaptionSettings()
+
+    @model_validator(mode="after")
+    def _fits(self) -> CaptionedSettings:
+        self.buckets()
+        return self
+
+    def buckets(self) -> Buckets:
+        """The sizes that pictures are brought to."""
+        if self.fixed:
+            return one_size(self.resolution, self.resolution, upscale=self.upscale)
+        return aspect_buckets(self.resolution, self.bucket_step, upscale=self.upscale)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture of the data set that can be trained on: its cache key and how it was cut."""
+
+    item: Item
+    transform: Transform
+    key: str
+
+
+class Captioned:
+    """The samples of a data set and the order of a run through them."""
+
+    def __init__(self, settings: CaptionedSettings, seed: int, batch_size: int) -> None:
+        self.settings, self.seed, self.batch_size = settings, seed, batch_size
+        self.wording = settings.captions.wording
+        samples = self._looked_at(settings.source, regularisation=False)
+        held = round(settings.held_out * len(samples))
+        held = max(held, 1) if settings.held_out and len(samples) > 1 else 0
+        aside = set(np.random.default_rng([seed, 6]).permutation(len(samples))[:held].tolist())
+        self.held_out = [s for i, s in enumerate(samples) if i in aside]
+        self.samples = [s for i, s in enumerate(samples) if i not in aside]
+        self.kept: list[Sample] = []
+        if settings.regularisation is not None:
+            self.kept = self._looked_at(settings.regularisation, regularisation=True)
+        self._order = lru_cache(maxsize=2)(self._order_of)
+
+    def every(self) -> list[Sample]:
+        """All samples, those of validation and regularisation too."""
+        return [*self.samples, *self.held_out, *self.kept]
+
+    def leave_out(self, keys: set[str]) -> None:
+        """Go on without the samples of these keys, which could not be encoded."""
+        self.samples = [s for s in self.samples if s.key not in keys]
+        self.held_out = [s for s in self.held_out if s.key not in keys]
+        self.kept = [s for s in self.kept if s.key not in keys]
+        if not self.samples:
+            raise UserError(f"{self.settings.source} has no picture that can be trained on")
+        self._order.cache_clear()
+
+    @property
+    def epoch(self) -> int:
+        """Samples of an epoch: every picture once, and as many of the regularisation's."""
+        return len(self.samples) * (2 if self.kept else 1)
+
+    def sample(self, position: int) -> Sample:
+        """The sample at a position of the run."""
+        epoch, place = divmod(position, self.epoch)
+        return self._order(epoch)[place]
+
+    def words(self, sample: Sample, rng: np.random.Generator) -> str:
+        """The words that go with a sample in one step."""
+        return wording.caption_for(sample.item, self.wording, self.seed, rng)
+
+    def caption(self, sample: Sample) -> str:
+        """The first caption of a sample, as it stands."""
+        return sample.item.captions[0] if sample.item.captions else wording.EMPTY
+
+    def texts(self) -> list[str]:
+        """Every text that a step may ask for, the empty one first."""
+        items = [sample.item for sample in self.every()]
+        plain = [self.caption(sample) for sample in self.held_out]
+        return [*wording.texts_to_encode(items, self.wording, self.seed), *plain]
+
+    def _order_of(self, epoch: int) -> list[Sample]:
+        samples = list(self.samples)
+        if self.kept:
+            n = len(self.samples)
+            turns = range(epoch * n, (epoch + 1) * n)
+            samples += [self.kept[turn % len(self.kept)] for turn in turns]
+        sizes = sorted({sample.transform.bucket for sample in samples})
+        buckets = [sizes.index(sample.transform.bucket) for sample in samples]
+        order = epoch_order(buckets, self.batch_size, epoch, self.seed)
+        return [samples[i] for i in order]
+
+    def _looked_at(self, source: str, regularisation: bool) -> list[Sample]:
+        """The samples of a source; pictures that cannot be used are named and counted."""
+        settings = self.settings
+        items = captioned.read_dataset(
+            source,
+            caption_key=settings.captions.key,
+            default_caption=settings.captions.default,
+            alpha_masks=settings.alpha_masks,
+            regularisation=regularisation,
+            weight=settings.regularisation_weight if regularisation else 1.0,
+            limit=settings.limit,
+        )
+        buckets = settings.buckets()
+        samples, bad = [], 0
+        for item in items:
+            try:
+                samples.append(_looked_at(item, buckets, settings.random_crop, self.seed))
+            except BadPicture as error:
+                if settings.strict:
+                    raise
+                log.warning("left out: %s", error)
+                bad += 1
+        if bad:
+            log.warning("%d of %d pictures of %s are left out", bad, len(items), source)
+        if not samples:
+            raise UserError(f"{source} has no picture that can be trained on")
+        return samples
+
+
+def _looked_at(item: Item, buckets: Buckets, random_crop: bool, seed: int) -> Sample:
+    data = item.picture.read()
+    size = read_size(data, item.picture.name)
+    transform = buckets.fit(size, crop_at(seed, item.key) if random_crop else CENTRE)
+    if transform is None:
+        raise BadPicture(
+            f"{item.picture.name}: {size[0]}x{size[1]} is too small; set data.upscale or a lower "
+            "data.resolution"
+        )
+    digest = hashlib.sha256(data)
+    digest.update(transform.key.encode())
+    if item.mask is not None:
+        digest.update(b"alpha" if item.mask == captioned.ALPHA else item.mask.read())
+    return Sample(item, transform, digest.hexdigest()[:32])
+
+
+# -- encoding --------------------------------------------------------------------------------
+
+
+def cached_latents(data: Captioned, vae: AutoencoderKL, share: Share) -> Cache:
+    """Mean, std and mask of every sample's latents; samples that fail are left out of `data`.
+
+    Pictures are encoded one by one: what else was missing decides no bit of an entry. Raises
+    `UserError` for latents that are not finite: an autoencoder in half precision can overflow, and
+    what it then says must not be kept.
+    """
+    samples = sorted(data.every(), key=lambda sample: sample.transform.bucket)
+    key = key_of(vae.state_dict(), vae.config.scaling_factor, str(vae.dtype))
+    cache = Cache(data.settings.cache / "latents" / key)
+
+    def encode(indices: Sequence[int]) -> list[Entry | None]:
+        return [_encoded(samples[i], vae, data.settings.strict) for i in indices]
+
+    fill(cache, [sample.key for sample in samples], encode, share, batch_size=1)
+    data.leave_out({sample.key for sample in samples if sample.key not in cache})
+    return cache
+
+
+@torch.no_grad()
+def _encoded(sample: Sample, vae: AutoencoderKL, strict: bool) -> Entry | None:
+    try:
+        picture = captioned.load(sample.item)
+    except BadPicture as error:
+        if strict:
+            raise
+        log.warning("left out: %s", error)
+        return None
+    pixels = torch.tensor(sample.transform.picture(picture.pixels)).permute(2, 0, 1)
+    x = (pixels.float() / 127.5 - 1.0)[None].to(vae.device, vae.dtype)
+    mean, std = autoencoder.encode(vae, x)
+    if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
+        raise UserError(
+            f"{sample.item.picture.name}: its latents are not finite; use an autoencoder that "
+            "works in this precision, or run.mixed_precision=no"
+        )
+    entry = {"mean": mean[0].half().cpu(), "std": std[0].half().cpu()}
+    if picture.mask is not None:
+        mask = torch.tensor(sample.transform.mask(picture.mask)).float()[None, None] / 255
+        entry["mask"] = F.interpolate(mask, size=mean.shape[-2:], mode="area")[0].half()
+    return entry
+
+
+def cached_texts(
+    texts: Sequence[str],
+    folder: Path,
+    tokenizer: CLIPTokenizer,
+    encoder: CLIPTextModel,
+    share: Share,
+) -> Cache:
+    """The embeddings [L, C] of every text, under `text_key`."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    about = hashlib.sha256(repr(vocabulary).encode()).hexdigest()
+    key = key_of(encoder.state_dict(), about, tokenizer.model_max_length, str(encoder.dtype))
+    cache = Cache(folder / "texts" / key)
+
+    @torch.no_grad()
+    def encode(indices: Sequence[int]) -> list[Entry]:
+        embeds = text.encode(tokenizer, encoder, [texts[i] for i in indices], warn=False)
+        return [{"embeds": row} for row in embeds.cpu()]
+
+    fill(cache, [text_key(t) for t in texts], encode, share, batch_size=32, what="captions")
+    return cache
+
+
+def text_key(words: str) -> str:
+    """The key of a text in a cache of embeddings."""
+    return hashlib.sha256(words.encode()).hexdigest()[:32]

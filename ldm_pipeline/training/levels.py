@@ -1,0 +1,30 @@
+"""Which noise levels a training step looks at."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from pydantic import Field
+
+from ldm_pipeline.training.config import FiniteFloat, Fraction, PositiveFloat, Settings
+
+
+class LevelSettings(Settings):
+    """Which noise levels are trained on: logit-normal over the schedule, and some uniform.
+
+    Where the words decide what is drawn lies between: at the first levels all is noise, at the last
+    ones nothing is left to say (2403.03206, section 3.1). The uniform share keeps the ends known.
+    """
+
+    mean: FiniteFloat = Field(default=-0.6, description="of the logit of the share of levels")
+    std: PositiveFloat = Field(default=1.0, description="of the same")
+    uniform: Fraction = Field(default=0.2, description="share of draws that are uniform")
+
+    def draw(self, rng: np.random.Generator, levels: int) -> int:
+        """One of `levels`, from 0, the least noise."""
+        share = rng.random()
+        normal = self.mean + self.std * rng.standard_normal()
+        if rng.random() >= self.uniform:
+            share = 1 / (1 + math.exp(-normal))
+        return min(int(share * levels), levels - 1)

@@ -1,0 +1,283 @@
+"""LoRA fine-tuning of a text-to-image model on captioned pictures.
+
+Legend
+    z        clean latents [n, C, h, w], drawn anew from the cached mean and std at each step
+    eps, t   noise and level of each sample;  x = alpha(t) z + sigma(t) eps
+    embeds   text embeddings [n, L, C], from the cache, or of the text encoder where it is trained
+    group    the samples of a batch that have one size; mostly there is one
+
+The base model is frozen. The autoencoder and, unless it is trained, the text encoder speak only
+before the first step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from ldm_pipeline.data.cache import Share
+from ldm_pipeline.diffusion.losses import Loss, denoising_errors, loss_weights
+from ldm_pipeline.diffusion.noise import coarse_noise
+from ldm_pipeline.diffusion.schedule import Schedule
+from ldm_pipeline.errors import UserError
+from ldm_pipeline.lora import files
+from ldm_pipeline.lora.inject import inject, without_input_casts
+from ldm_pipeline.lora.targets import LoraSettings, Override
+from ldm_pipeline.models.text import tokenise
+from ldm_pipeline.models.unet import bind
+from ldm_pipeline.training.captioned import (
+    Captioned,
+    CaptionedSettings,
+    Sample,
+    cached_latents,
+    cached_texts,
+    text_key,
+)
+from ldm_pipeline.training.config import (
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Settings,
+    TrainingConfig,
+)
+from ldm_pipeline.training.engine import Batch
+from ldm_pipeline.training.levels import LevelSettings
+from ldm_pipeline.training.ranks import launched
+from ldm_pipeline.training.start import precision
+
+BANDS = 4
+"""Into so many bands of levels the held-out loss is told."""
+
+
+OpenModel = Callable[[str, torch.dtype], Any]
+"""Opens "bundled", a model folder or a hub id as a Stable Diffusion pipeline, in a precision."""
+
+
+class OverrideSettings(Settings):
+    """What differs in the modules that a pattern matches."""
+
+    rank: Positive | None = None
+    alpha: PositiveFloat | None = None
+
+
+class AdapterSettings(Settings):
+    """Which modules are adapted, and how; see `lora.targets`."""
+
+    targets: str | tuple[str, ...] = Field(
+        default="attention",
+        description="attention, attention+feedforward, all, or a list of patterns",
+    )
+    rank: Positive = 16
+    alpha: PositiveFloat | None = Field(default=None, description="rank, unless given")
+    dora: bool = False
+    rslora: bool = False
+    overrides: dict[str, OverrideSettings] = Field(
+        default={}, description="pattern: {rank, alpha} where they differ"
+    )
+    text_encoder: bool = Field(default=False, description="adapt the text encoder as well")
+
+    def settings(self) -> LoraSettings:
+        """The same as `lora` takes it."""
+        targets = self.targets if isinstance(self.targets, str) else list(self.targets)
+        overrides = {p: Override(o.rank, o.alpha) for p, o in self.overrides.items()}
+        return LoraSettings(targets, self.rank, self.alpha, self.dora, self.rslora, overrides)
+
+
+class LossSettings(Settings):
+    """The loss and the noise; see `diffusion.losses` and `diffusion.noise`."""
+
+    weighting: Literal["none", "min_snr", "debiased"] = "none"
+    gamma: PositiveFloat = Field(default=5.0, description="where min_snr stops to grow")
+    huber: PositiveFloat | None = Field(default=None, description="pseudo-Huber below d² from here")
+    offset_noise: NonNegativeFloat = 0.0
+    pyramid_noise: NonNegativeFloat = 0.0
+    zero_terminal_snr: bool = Field(default=False, description="for v-prediction models")
+
+    def loss(self) -> Loss:
+        """The same as the core takes it."""
+        return Loss(self.weighting, self.gamma, self.huber)
+
+
+class LoraConfig(TrainingConfig):
+    """Everything that `train/train_lora.py` reads."""
+
+    model: str = Field(default="bundled", description="bundled, a folder or a hub id")
+    data: CaptionedSettings
+    lora: AdapterSettings = AdapterSettings()
+    loss: LossSettings = LossSettings()
+    levels: LevelSettings = LevelSettings(uniform=1.0)
+    gradient_checkpointing: bool = False
+
+    @model_validator(mode="after")
+    def _fits(self) -> LoraConfig:
+        self.lora.settings()
+        return self
+
+
+class LoraObjective(nn.Module):
+    """Tell the noise from the latents of the data set's pictures, with an adapter alone."""
+
+    def __init__(self, config: LoraConfig, open_model: OpenModel) -> None:
+        super().__init__()
+        self.config = config
+        self.state = launched()
+        seed = config.run.seed
+        self.data = Captioned(config.data, seed, config.run.batch_size)
+        pipe = open_model(config.model, self._dtype())
+        self.kind, self.schedule = _levels_of(pipe, config.loss.zero_terminal_snr)
+        self.loss = config.loss.loss()
+        share = Share(
+            self.state.process_index, self.state.num_processes, self.state.wait_for_everyone
+        )
+        pipe.to(self.state.device)
+        self.latents = cached_latents(self.data, pipe.vae, share)
+        self.tokenizer = pipe.tokenizer
+        self.unet = pipe.unet
+        if config.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        models: dict[str, nn.Module] = {"unet": self.unet}
+        if config.lora.text_encoder:
+            self.text_encoder = pipe.text_encoder
+            models["text_encoder"] = self.text_encoder
+        else:
+            self.texts = cached_texts(
+                self.data.texts(), config.data.cache, pipe.tokenizer, pipe.text_encoder, share
+            )
+        self.adapter = inject(models, config.lora.settings(), seed=seed)
+        if config.begin_from is not None:
+            _begin_from(self.adapter.parameters, config.begin_from)
+
+    def batch(self, positions: range) -> Batch:
+        """The samples of these positions, in groups of one size."""
+        drawn: dict[tuple[int, int], list[dict[str, Tensor]]] = {}
+        for position in positions:
+            sample = self.data.sample(position)
+            drawn.setdefault(sample.transform.bucket, []).append(self._drawn(sample, position))
+        return {"groups": [_stacked(group) for group in drawn.values()], "n": len(positions)}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The weighted mean of the denoising penalty of all samples."""
+        with ExitStack() as stack:
+            if torch.is_autocast_enabled(self.unet.device.type):
+                stack.enter_context(without_input_casts(self.adapter))
+            sums = [self._penalty(group) for group in batch["groups"]]
+        loss = torch.stack([weighted for weighted, _ in sums]).sum() / batch["n"]
+        error = torch.stack([plain for _, plain in sums]).sum() / batch["n"]
+        return {"loss": loss, "error": error}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The plain penalty on what was held out, in bands of levels, with fixed noise."""
+        errors: list[list[float]] = [[] for _ in range(BANDS)]
+        levels = self.schedule.num_train_timesteps
+        for number, sample in enumerate(self.data.held_out):
+            for band in range(BANDS):
+                rng = np.random.default_rng([7, number, band])
+                t = int((band + rng.random()) * levels / BANDS)
+                group = _stacked([self._drawn(sample, -1 - number * BANDS - band, t)])
+                moved = {name: value.to(self.unet.device) for name, value in group.items()}
+                errors[band].append(float(self._errors(moved)[0]))
+        if not self.data.held_out:
+            return {}
+        means = [sum(band) / len(band) for band in errors]
+        return {"loss": sum(means) / BANDS} | {f"loss_band_{i}": m for i, m in enumerate(means)}
+
+    def export(self, folder: Path) -> None:
+        """Write the adapter as stock diffusers reads it."""
+        files.save(folder, self.adapter.weights())
+
+    def name_of(self, position: int) -> str:
+        """The picture at a position, for messages."""
+        return self.data.sample(position).item.picture.name
+
+    def _penalty(self, group: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The sums over a group of the weighted and of the plain penalties."""
+        errors = self._errors(group)
+        weights = loss_weights(self.kind, self.schedule, group["t"], self.loss) * group["weight"]
+        return (weights.to(errors.dtype) * errors).sum(), errors.sum()
+
+    def _errors(self, group: dict[str, Tensor]) -> Tensor:
+        """The plain penalty of each sample of a group, [n]."""
+        embeds = group["embeds"] if "embeds" in group else self.text_encoder(group["tokens"])[0]
+        return denoising_errors(
+            bind(self.unet, embeds.to(self.unet.dtype)),
+            self.schedule,
+            self.kind,
+            group["z"],
+            group["eps"],
+            group["t"],
+            huber=self.loss.huber,
+            mask=group["mask"],
+        )
+
+    def _drawn(self, sample: Sample, position: int, t: int | None = None) -> dict[str, Tensor]:
+        """All that a step needs of one sample; its noise, level and words depend on the position.
+
+        With a level `t` given, it is for validation: the whole caption.
+        """
+        seed, settings = self.config.run.seed, self.config.loss
+        entry = self.latents[sample.key]
+        mean, std = entry["mean"].float(), entry["std"].float()
+        rng = np.random.default_rng([seed, 8, position % 2**63])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+        shape = tuple(mean.shape)
+        words = self.data.words(sample, rng) if t is None else self.data.caption(sample)
+        level = self.config.levels.draw(rng, self.schedule.num_train_timesteps) if t is None else t
+        mask = entry.get("mask")
+        drawn = {
+            "z": mean + std * torch.randn(shape, generator=generator),
+            "eps": coarse_noise(shape, generator, settings.offset_noise, settings.pyramid_noise),
+            "t": torch.tensor(level),
+            "mask": torch.ones(1, *shape[1:]) if mask is None else mask.float(),
+            "weight": torch.tensor(sample.item.weight),
+        }
+        if self.config.lora.text_encoder:
+            tokens = tokenise(self.tokenizer, [words], warn=False).input_ids[0]
+            return {**drawn, "tokens": tokens}
+        return {**drawn, "embeds": self.texts[text_key(words)]["embeds"]}
+
+    def _dtype(self) -> torch.dtype:
+        """The frozen base's precision: bf16 where a GPU computes in it anyway."""
+        chosen = precision(self.config.run.mixed_precision, self.state.device.type)
+        half = chosen != "no" and self.state.device.type == "cuda"
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[chosen] if half else torch.float32
+
+
+def _stacked(group: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([sample[name] for sample in group]) for name in group[0]}
+
+
+def _levels_of(pipe: Any, zero_terminal: bool) -> tuple[str, Schedule]:
+    """What the network predicts, and the levels that it is trained on."""
+    config = dict(pipe.scheduler.config)
+    kind = str(config.get("prediction_type", "epsilon"))
+    schedule = Schedule.from_config(config)
+    if zero_terminal and kind == "epsilon":
+        raise UserError(
+            "loss.zero_terminal_snr=true needs a v-prediction model: at the last level all is "
+            "noise, and a network that predicts the noise learns nothing there"
+        )
+    return kind, schedule.zero_terminal_snr() if zero_terminal else schedule
+
+
+@torch.no_grad()
+def _begin_from(parameters: Any, place: Path) -> None:
+    """Start from the values in a LoRA file; raises UserError where it is one of another shape."""
+    found = files.load(place).tensors
+    shapes = {name: tuple(value.shape) for name, value in found.items()}
+    wanted = {name: tuple(value.shape) for name, value in parameters.items()}
+    if shapes != wanted:
+        odd = sorted(shapes.items() ^ wanted.items())
+        raise UserError(
+            f"begin_from: {place} is an adapter of another shape than lora.* asks for "
+            f"({len(odd)} differences, as {odd[0][0]})"
+        )
+    for name, parameter in parameters.items():
+        parameter.copy_(found[name])

@@ -1,0 +1,64 @@
+"""How the processes of a run stay together: one start, one sum of gradients, one decision to stop.
+
+Each process computes its share of a batch without a word to the others; then `agree` tells what
+happened anywhere (on the host, so that no accelerator is waited for), and `average` takes the mean
+of everything in one collective. A process that ran out of memory can still say so: the others have
+not yet begun to wait for its gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
+from torch import Tensor
+
+
+def launched() -> PartialState:
+    """What accelerate launched; the first call in a process joins it to the others.
+
+    accelerate itself heeds ACCELERATE_USE_CPU only where it is told so; without, processes that
+    have no GPU would each believe that they are alone.
+    """
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+class Ranks:
+    """The processes that accelerate launched; one alone needs no collective."""
+
+    def __init__(self, state: PartialState) -> None:
+        self.index, self.count = state.process_index, state.num_processes
+        self._hosts = None
+        if self.count > 1 and dist.get_backend() != "gloo":
+            self._hosts = dist.new_group(backend="gloo")
+
+    def start_alike(self, tensors: Iterable[Tensor]) -> None:
+        """Every process takes the values of the first one."""
+        if self.count > 1:
+            for tensor in tensors:
+                dist.broadcast(tensor.detach(), 0)
+
+    def agree(self, *happened: bool) -> tuple[bool, ...]:
+        """Which of these happened in any process."""
+        if self.count == 1:
+            return happened
+        flags = torch.tensor(happened, dtype=torch.int32)
+        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._hosts)
+        return tuple(bool(flag) for flag in flags.tolist())
+
+    def average(self, buffer: Tensor) -> None:
+        """Put the mean over all processes into `buffer`."""
+        if self.count > 1:
+            dist.all_reduce(buffer)
+            buffer.div_(self.count)
+
+    def told(self, text: str) -> list[str]:
+        """What each process says, empty answers left out."""
+        if self.count == 1:
+            return [text] if text else []
+        answers: list[str] = [""] * self.count
+        dist.all_gather_object(answers, text, group=self._hosts)
+        return [answer for answer in answers if answer]

@@ -1,0 +1,46 @@
+"""Where a training run starts: from weights that were trained before, in what precision."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+
+from ldm_pipeline.errors import UserError
+
+NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+
+
+def take_weights(module: nn.Module, folder: Path) -> None:
+    """Put the weights of the model in `folder` into `module`, in the module's own precision.
+
+    Raises UserError where the folder has none or they are those of a model of another shape.
+    """
+    files = [folder / name for name in NAMES if (folder / name).is_file()]
+    if not files:
+        raise UserError(f"begin_from: {folder} holds none of {', '.join(NAMES)}")
+    try:
+        module.load_state_dict(load_file(files[0]))
+    except (OSError, SafetensorError) as error:
+        raise UserError(f"begin_from: {files[0]} cannot be read ({error})") from error
+    except RuntimeError as error:
+        why = " ".join(str(error).split())[:200]
+        raise UserError(f"begin_from: {files[0]} is a model of another shape ({why})") from error
+
+
+def precision(asked: str, device: str) -> str:
+    """What `mixed_precision` comes to on this machine: "no", "bf16" or "fp16".
+
+    "auto" is bf16 where the hardware multiplies it (all GPUs that CUDA calls able, CPUs with
+    AVX512-BF16 or AMX: there about twice as fast) and float32 elsewhere: a CPU that has to emulate
+    bf16 is some 30 times slower.
+    """
+    if asked != "auto":
+        return asked
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
+    able = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "no"

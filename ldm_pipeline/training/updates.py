@@ -1,0 +1,160 @@
+"""What an update is: gradients in one buffer, AdamW, the moving average, and a guard before both.
+
+Legend
+    trained    name -> parameter, float32; everything that a run changes
+    finite     whether loss and gradients of a step can be used, a 0-d bool tensor on the device
+
+Nothing here waits for the device: the guard lets the device itself leave an update out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ldm_pipeline.training.config import OptimiserSettings
+
+MOST_MEASURES = 16
+
+
+def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:
+    """The rate of update `step` (from 0): linear warm-up, constant, linear cool-down to zero."""
+    warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
+    left = steps - step
+    cool = min(1.0, left / settings.cooldown_steps) if settings.cooldown_steps else 1.0
+    return settings.lr * min(warm, cool)
+
+
+def adamw(parameters: list[nn.Parameter], settings: OptimiserSettings) -> torch.optim.AdamW:
+    """AdamW in one fused kernel; weight decay on matrices and filters only, not on biases."""
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(
+        groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
+    )
+
+
+def optimiser_tensors(
+    optimiser: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]
+) -> dict[str, Tensor]:
+    """An optimiser's state as named tensors: `<parameter>|exp_avg` and so on."""
+    return {
+        f"{name}|{key}": value
+        for name, parameter in trained.items()
+        for key, value in optimiser.state.get(parameter, {}).items()
+    }
+
+
+class Gradients:
+    """All gradients and the measures of a step in one flat float32 buffer.
+
+    The parameters' `.grad` are views of it, so that clipping is one norm, clearing one fill, and
+    processes exchange everything in one collective.
+    """
+
+    def __init__(self, trained: Mapping[str, nn.Parameter]) -> None:
+        odd = [name for name, p in trained.items() if p.dtype != torch.float32]
+        assert not odd, f"trained weights are float32 masters; not so: {', '.join(odd)}"
+        parameters = list(trained.values())
+        size = sum(p.numel() for p in parameters)
+        self.names: list[str] = []
+        self.buffer = torch.zeros(size + MOST_MEASURES, device=parameters[0].device)
+        self.flat, self._measures = self.buffer.split([size, MOST_MEASURES])
+        pieces = self.flat.split([p.numel() for p in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
+
+    def clear(self) -> None:
+        """All zeros again."""
+        self.buffer.zero_()
+
+    def measure(self, values: Mapping[str, Tensor], share: float) -> None:
+        """Add `share` of a piece's measures to those of the step."""
+        self.names = list(values)
+        assert len(self.names) <= MOST_MEASURES, f"more than {MOST_MEASURES} measures"
+        stacked = torch.stack([value.detach().float() for value in values.values()])
+        self._measures[: len(self.names)] += share * stacked
+
+    @property
+    def measures(self) -> Tensor:
+        """The measures of the step, [len(names)], where they are computed."""
+        return self._measures[: len(self.names)]
+
+    def clip(self, most: float) -> Tensor:
+        """Scale the gradients to a norm of at most `most`; their norm before, a 0-d tensor."""
+        norm = torch.linalg.vector_norm(self.flat)
+        self.flat.mul_((most / norm).clamp(max=1.0))
+        return norm
+
+
+class Guard:
+    """Keeps what is not finite from the weights, without waiting for the device.
+
+    From the first bad step on every update is left out on the device, until somebody asks
+    `first_bad()`: then weights, optimiser and average are still those before that step.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._first_bad = torch.full((), -1.0, dtype=torch.float64, device=device)
+
+    def watch(self, step: int, finite: Tensor) -> None:
+        """Note `step` if it is not finite and none was noted before."""
+        first = (self._first_bad < 0) & ~finite
+        self._first_bad = torch.where(first, float(step), self._first_bad)
+
+    @property
+    def closed(self) -> Tensor:
+        """1.0 where updates are left out, else 0.0; a 0-d float32 tensor."""
+        return (self._first_bad >= 0).float()
+
+    def first_bad(self) -> int | None:
+        """The first step that was not finite; this waits for the device."""
+        step = int(self._first_bad)
+        return step if step >= 0 else None
+
+
+def leave_out(optimiser: Any, closed: Tensor) -> None:
+    """Tell a fused optimiser to leave its next step out, on the device, where `closed` is 1.
+
+    Fused optimisers read `found_inf` for this: torch's own way to skip an update under fp16.
+    """
+    inner = getattr(optimiser, "optimizer", optimiser)  # accelerate's wrapper holds torch's
+    inner.found_inf = closed
+    inner.grad_scale = None
+
+
+class MovingAverage:
+    """An exponential moving average of parameters, in float32, with a short memory at the start."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self.decay = decay
+        self.parameters = parameters
+        self.average = {name: p.detach().float().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int, closed: Tensor | float = 0.0) -> None:
+        """Move towards the weights after `step` updates, unless `closed` is 1."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        averages = list(self.average.values())
+        change = torch._foreach_sub([p.detach() for p in self.parameters.values()], averages)
+        torch._foreach_mul_(change, (1 - decay) * (1 - closed))
+        torch._foreach_add_(averages, change)
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The average stands in for the weights while the block runs."""
+        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(self.average[name])
+            try:
+                yield
+            finally:
+                for name, p in self.parameters.items():
+                    p.copy_(kept[name])

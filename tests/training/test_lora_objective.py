@@ -1,0 +1,301 @@
+"""The LoRA objective: encoded once, drawn anew; the adapter alone learns; stock reads the file."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from torch import Tensor, nn
+
+from ldm_pipeline import LatentDiffusionPipeline
+from ldm_pipeline.data import captioned as dataset
+from ldm_pipeline.diffusion.losses import Loss, denoising_errors, loss_weights
+from ldm_pipeline.errors import UserError
+from ldm_pipeline.models import autoencoder, text
+from ldm_pipeline.models.unet import bind
+from ldm_pipeline.training.engine import fit
+from ldm_pipeline.training.lora import LoraConfig, LoraObjective
+from tests.training import laws
+
+SIZES = [(64, 64), (64, 64), (96, 32), (32, 128), (64, 64), (96, 32), (64, 64)]
+
+
+class Counted:
+    """Opens the tiny pipeline, and counts what its autoencoder and text encoder are asked."""
+
+    def __init__(self, tiny: Any) -> None:
+        self.tiny = tiny
+        self.calls = {"vae": 0, "text_encoder": 0}
+        self.opened = 0
+
+    def __call__(self, source: str, dtype: torch.dtype) -> LatentDiffusionPipeline:
+        pipe = LatentDiffusionPipeline(**copy.deepcopy(self.tiny())).to(dtype)
+        self.opened += 1
+        pipe.vae.encoder.register_forward_hook(lambda *_: self._count("vae"))
+        pipe.text_encoder.register_forward_hook(lambda *_: self._count("text_encoder"))
+        return pipe
+
+    def _count(self, name: str) -> None:
+        self.calls[name] += 1
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Seven captioned pictures of three shapes; one has a mask."""
+    place = tmp_path / "pictures"
+    place.mkdir()
+    rng = np.random.default_rng(0)
+    for i, (width, height) in enumerate(SIZES):
+        pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{i}.png")
+        (place / f"{i}.txt").write_text(f"red, blue, {i}")
+    mask = np.zeros((64, 64), dtype=np.uint8)
+    mask[:, :32] = 255
+    Image.fromarray(mask).save(place / "0.mask.png")
+    return place
+
+
+@pytest.fixture
+def opened(tiny: Any) -> Counted:
+    return Counted(tiny)
+
+
+def config_of(folder: Path, **told: Any) -> LoraConfig:
+    """A configuration of a short run; `told` replaces whole sections' fields."""
+    values: dict[str, Any] = {
+        "run": {
+            "out": folder.parent / "run", "batch_size": 4, "steps": 6, "workers": 0,
+            "mixed_precision": "no", "log_every": 1, "validate_every": 3, "save_every": 100,
+        },
+        "optimiser": {"lr": 1e-2, "warmup_steps": 0, "ema_decay": 0.0},
+        "data": {
+            "source": str(folder), "resolution": 64, "bucket_step": 32,
+            "cache": folder.parent / "cache", "held_out": 0.2,
+        },
+        "lora": {"rank": 4},
+    }  # fmt: skip
+    for section, fields in told.items():
+        values[section] = {**values.get(section, {}), **fields}
+    return LoraConfig.model_validate(values)
+
+
+# -- data ------------------------------------------------------------------------------------
+
+
+def test_the_laws_of_objectives(folder: Path, opened: Counted) -> None:
+    objective = LoraObjective(config_of(folder, data={"fixed": True}), opened)
+    whole = laws.batch_of(objective, range(4, 8))
+    torch.rand(3)
+    again = laws.batch_of(objective, range(4, 8))
+    other = laws.batch_of(objective, range(8, 12))
+    for name, value in whole["groups"][0].items():
+        assert torch.equal(value, again["groups"][0][name]), name
+        if name not in ("weight", "mask"):
+            assert not torch.equal(value, other["groups"][0][name]), name
+    laws.everything_trained_has_a_gradient(objective)
+
+
+def test_after_caching_no_encoder_is_called(folder: Path, opened: Counted) -> None:
+    """Not in the first run after the cache is whole, and not at all in the second."""
+    config = config_of(folder, data={"captions": {"dropout": 0.5, "shuffle_tags": True}})
+    objective = LoraObjective(config, opened)
+    asked = dict(opened.calls)
+    assert asked["vae"] == len(SIZES)
+    fit(objective, config)
+    assert opened.calls == asked
+    LoraObjective(config, opened)
+    assert opened.calls == asked
+
+
+def test_editing_one_picture_encodes_that_one_anew(folder: Path, opened: Counted) -> None:
+    LoraObjective(config_of(folder), opened)
+    before = opened.calls["vae"]
+    Image.new("RGB", (64, 64), "red").save(folder / "4.png")
+    LoraObjective(config_of(folder), opened)
+    assert opened.calls["vae"] == before + 1
+    mask = np.zeros((64, 64), dtype=np.uint8)
+    Image.fromarray(mask + 9).save(folder / "0.mask.png")
+    LoraObjective(config_of(folder), opened)
+    assert opened.calls["vae"] == before + 2
+
+
+def test_the_cached_latents_are_those_of_the_pictures(folder: Path, opened: Counted) -> None:
+    objective = LoraObjective(config_of(folder), opened)
+    pipe = opened("", torch.float32)
+    for sample in objective.data.every():
+        pixels = sample.transform.picture(dataset.load(sample.item).pixels)
+        x = torch.tensor(pixels).permute(2, 0, 1)[None].float() / 127.5 - 1
+        with torch.no_grad():
+            mean, std = autoencoder.encode(pipe.vae, x)
+        entry = objective.latents[sample.key]
+        # float16 has 11 bits.
+        assert torch.allclose(entry["mean"].float(), mean[0], rtol=2**-11, atol=1e-6)
+        assert torch.allclose(entry["std"].float(), std[0], rtol=2**-11, atol=1e-6)
+        assert ("mask" in entry) == (sample.item.key == "0.png")
+
+
+def test_an_epoch_has_every_picture_once_and_no_held_out_one(folder: Path, opened: Counted) -> None:
+    data = LoraObjective(config_of(folder), opened).data
+    assert len(data.held_out) == 1
+    assert data.epoch == 6
+    for epoch in range(4):
+        seen = [data.sample(epoch * 6 + i).key for i in range(6)]
+        assert sorted(seen) == sorted(sample.key for sample in data.samples)
+        assert data.held_out[0].key not in seen
+
+
+def test_a_bad_picture_is_named_and_left_out_or_stops(
+    folder: Path, opened: Counted, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "2.png").write_bytes(b"no picture")
+    whole = (folder / "3.png").read_bytes()
+    (folder / "3.png").write_bytes(whole[: len(whole) // 2])
+    objective = LoraObjective(config_of(folder), opened)
+    assert len(objective.data.every()) == len(SIZES) - 2
+    for name in ("2.png", "3.png"):
+        assert str(folder / name) in caplog.text
+    with pytest.raises(UserError, match=r"2\.png"):
+        LoraObjective(config_of(folder, data={"strict": True}), opened)
+
+
+def test_bad_data_is_refused_before_a_model_is_opened(tmp_path: Path, opened: Counted) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="holds no pictures"):
+        LoraObjective(config_of(tmp_path / "empty"), opened)
+    assert opened.opened == 0
+
+
+# -- the loss --------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_weighted_mean_over_all_samples(folder: Path, opened: Counted) -> None:
+    """By hand, one sample at a time: groups, masks, weights and levels change nothing else."""
+    told = {"weighting": "min_snr", "huber": 0.5}
+    config = config_of(folder, loss=told, data={"held_out": 0.0})
+    objective = LoraObjective(config, opened)
+    batch = objective.batch(range(7))
+    assert len(batch["groups"]) == 3
+    with torch.no_grad():
+        losses = objective(batch)
+    pipe = opened("", torch.float32)
+    total = 0.0
+    for position in range(7):
+        (group,) = objective.batch(range(position, position + 1))["groups"]
+        with torch.no_grad():
+            error = denoising_errors(
+                bind(pipe.unet, group["embeds"]), objective.schedule, objective.kind,
+                group["z"], group["eps"], group["t"], huber=0.5, mask=group["mask"],
+            )  # fmt: skip
+        weight = loss_weights(objective.kind, objective.schedule, group["t"], Loss("min_snr"))
+        total += float(error * weight)
+    # Sums of seven float32 numbers, from batches of other sizes.
+    assert float(losses["loss"]) == pytest.approx(total / 7, rel=1e-4)
+
+
+def test_regularisation_pictures_come_as_often_and_count_as_told(
+    folder: Path, opened: Counted, tmp_path: Path
+) -> None:
+    kept = tmp_path / "kept"
+    kept.mkdir()
+    for i in range(4):
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(kept / f"{i}.png")
+    told = {"regularisation": str(kept), "regularisation_weight": 0.25}
+    data = LoraObjective(config_of(folder, data=told), opened).data
+    for epoch in range(3):
+        epochs = [data.sample(epoch * data.epoch + i).item for i in range(data.epoch)]
+        weights = [item.weight for item in epochs if item.regularisation]
+        assert weights == [0.25] * 6
+        assert sum(not item.regularisation for item in epochs) == 6
+    seen = {data.sample(i).item.key for i in range(2 * data.epoch)}
+    assert {f"regularisation:{i}.png" for i in range(4)} <= seen
+
+
+def test_dropped_captions_are_the_empty_text(folder: Path, opened: Counted) -> None:
+    objective = LoraObjective(config_of(folder, data={"captions": {"dropout": 0.25}}), opened)
+    pipe = opened("", torch.float32)
+    with torch.no_grad():
+        empty = text.encode(pipe.tokenizer, pipe.text_encoder, [""])[0]
+    groups = [g for i in range(100) for g in objective.batch(range(4 * i, 4 * i + 4))["groups"]]
+    # Batches of other sizes round otherwise.
+    dropped = sum(
+        int(torch.isclose(row, empty, atol=1e-5).all()) for g in groups for row in g["embeds"]
+    )
+    # 400 draws at 0.25: 3.5 standard deviations either way.
+    assert 70 <= dropped <= 130
+
+
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_the_adapter_alone_is_trained(folder: Path, opened: Counted, text_encoder: bool) -> None:
+    config = config_of(folder, lora={"text_encoder": text_encoder})
+    objective = LoraObjective(config, opened)
+    trained = {id(p) for p in objective.parameters() if p.requires_grad}
+    assert trained == {id(p) for p in objective.adapter.parameters.values()}
+    components = {name.partition(".")[0] for name in objective.adapter.parameters}
+    assert components == ({"unet", "text_encoder"} if text_encoder else {"unet"})
+    frozen = {n: p.clone() for n, p in objective.named_parameters() if not p.requires_grad}
+    before = objective.validate()
+    fit(objective, config)
+    for name, value in frozen.items():
+        assert torch.equal(value, objective.get_parameter(name)), name
+    assert objective.validate() != before
+
+
+def test_zero_terminal_snr_is_for_v_prediction(folder: Path, opened: Counted) -> None:
+    config = config_of(folder, loss={"zero_terminal_snr": True})
+    with pytest.raises(UserError, match="needs a v-prediction model"):
+        LoraObjective(config, opened)
+
+
+# -- the run ---------------------------------------------------------------------------------
+
+
+def drawn(pipe: Any) -> Tensor:
+    """A picture of a trained model."""
+    pipe.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    told = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "pt"}
+    return pipe("red, blue", generator=generator, **told).images
+
+
+def test_stock_diffusers_draws_what_was_trained(folder: Path, opened: Counted, tiny: Any) -> None:
+    """The picture of the network with the adapter still in it, of the file loaded in stock, and of
+    the file as the start of another run, which moves no weight before its first step."""
+    config = config_of(folder)
+    objective = LoraObjective(config, opened)
+    final = fit(objective, config)
+    base = drawn(StableDiffusionPipeline(**copy.deepcopy(tiny()), requires_safety_checker=False))
+    parts = {**copy.deepcopy(tiny()), "unet": objective.unet}
+    trained = drawn(StableDiffusionPipeline(**parts, requires_safety_checker=False))
+    stock = StableDiffusionPipeline(**copy.deepcopy(tiny()), requires_safety_checker=False)
+    stock.load_lora_weights(final)
+    # The same float32 numbers, multiplied in the same order.
+    assert torch.allclose(drawn(stock), trained, atol=1e-6)
+    assert not torch.allclose(base, trained, atol=1e-3)
+    again = LoraObjective(config.model_copy(update={"begin_from": final}), opened)
+    for name, value in objective.adapter.parameters.items():
+        assert torch.equal(value, again.adapter.parameters[name]), name
+    wider = config_of(folder, lora={"rank": 8}).model_copy(update={"begin_from": final})
+    with pytest.raises(UserError, match="another shape"):
+        LoraObjective(wider, opened)
+
+
+def test_checkpointing_gradients_changes_no_gradient(folder: Path, opened: Counted) -> None:
+    gradients = []
+    for on in (False, True):
+        config = config_of(folder).model_copy(update={"gradient_checkpointing": on})
+        objective = LoraObjective(config, opened)
+        nn.Module.train(objective)
+        objective(objective.batch(range(4)))["loss"].backward()
+        gradients.append({n: p.grad for n, p in objective.adapter.parameters.items()})
+    for name, gradient in gradients[0].items():
+        other = gradients[1][name]
+        assert gradient is not None
+        assert other is not None
+        # What is computed twice is computed in the same order.
+        assert torch.allclose(gradient, other, rtol=1e-5, atol=1e-8), name

@@ -1,0 +1,78 @@
+"""Where a run starts: weights trained before, and the precision that the hardware has."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ldm_pipeline.errors import UserError
+from ldm_pipeline.training.config import TrainingConfig
+from ldm_pipeline.training.start import NAMES, precision, take_weights
+
+
+def saved(folder: Path, name: str = NAMES[0], dtype: torch.dtype = torch.float16) -> nn.Linear:
+    """A layer whose weights lie in `folder`."""
+    layer = nn.Linear(3, 2)
+    save_file({k: v.to(dtype) for k, v in layer.state_dict().items()}, folder / name)
+    return layer
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_weights_are_taken_in_the_precision_of_the_module(tmp_path: Path, name: str) -> None:
+    layer, other = saved(tmp_path, name), nn.Linear(3, 2)
+    take_weights(other, tmp_path)
+    assert other.weight.dtype == torch.float32
+    assert torch.equal(other.weight, layer.weight.half().float())
+    assert torch.equal(other.bias, layer.bias.half().float())
+
+
+def test_a_folder_without_weights_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="holds none of"):
+        take_weights(nn.Linear(3, 2), tmp_path / "missing")
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / NAMES[1]).write_bytes(b"no weights")
+    with pytest.raises(UserError, match="cannot be read"):
+        take_weights(nn.Linear(3, 2), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "other", [nn.Linear(3, 4), nn.Linear(3, 2, bias=False), nn.Conv2d(3, 2, 1)]
+)
+def test_another_shape_is_refused_in_one_line(tmp_path: Path, other: nn.Module) -> None:
+    saved(tmp_path)
+    with pytest.raises(UserError, match="another shape") as refusal:
+        take_weights(other, tmp_path)
+    assert "\n" not in str(refusal.value)
+
+
+def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for able, expected in (
+        ({"avx512_bf16": True, "amx_bf16": False}, "bf16"),
+        ({"avx512_bf16": False, "amx_bf16": True}, "bf16"),
+        ({"avx512_bf16": False, "amx_bf16": False}, "no"),
+        ({"architecture": "aarch64"}, "no"),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        assert precision("auto", "cpu") == expected
+    assert precision("auto", "mps") == "no"
+    for has in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has, **_: has)
+        assert precision("auto", "cuda") == ("bf16" if has else "no")
+
+
+@pytest.mark.parametrize("asked", ["no", "bf16", "fp16"])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_what_is_asked_for_is_taken_at_its_word(asked: str, device: str) -> None:
+    assert precision(asked, device) == asked
+
+
+def test_runs_begin_from_nothing_in_auto_unless_told() -> None:
+    config = TrainingConfig.model_validate({"run": {"out": "x"}})
+    assert config.begin_from is None
+    assert config.run.mixed_precision == "auto"
