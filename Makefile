@@ -50,5 +50,5 @@ $(PY):
 
 $(STAMP): pyproject.toml constraints.txt | $(PY)
 	@echo "Installing into $(VENV): once, some minutes"
-	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[train,notebooks,dev]' -c constraints.txt
+	@$(PY) -m pip install --quiet --disable-pip-version-check -e '.[train,datasets,notebooks,dev]' -c constraints.txt
 	@touch $@

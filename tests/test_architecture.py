@@ -19,7 +19,7 @@ PACKAGE = ROOT / "ldm_pipeline"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "train").glob("*.py"))
 
-SHARED = {"", "errors", "images", "request"}
+SHARED = {"", "errors", "grid", "images", "request"}
 """What any layer but the core may use: values, errors, pictures."""
 
 FRONT = {"pipeline", "loading", "running", "randomness"}

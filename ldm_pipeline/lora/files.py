@@ -259,8 +259,17 @@ def save(place: Path, weights: LoraWeights) -> Path:
     }
     metadata = {"format": "pt", METADATA: json.dumps(fields, indent=2, sort_keys=True)}
     file = place if place.suffix == ".safetensors" else place / FILE_NAME
-    _write_whole(file, serialise(tensors, metadata))
+    _write_whole(file, _in_order(serialise(tensors, metadata)))
     return file
+
+
+def _in_order(contents: bytes) -> bytes:
+    """The same safetensors file with its header in a fixed order: equal weights, equal bytes."""
+    (length,) = struct.unpack("<Q", contents[:8])
+    header = json.loads(contents[8 : 8 + length])
+    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at multiples of 8
+    return struct.pack("<Q", len(text)) + text + contents[8 + length :]
 
 
 def _write_whole(file: Path, contents: bytes) -> None:

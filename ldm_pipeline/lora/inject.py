@@ -45,6 +45,18 @@ class Adapter:
     parameters: Mapping[str, nn.Parameter]
     was_trainable: Mapping[str, frozenset[str]]
 
+    @contextmanager
+    def disabled(self) -> Iterator[None]:
+        """Within the block the networks are those of the base."""
+        networks: list[Any] = list(self.models.values())
+        for network in networks:
+            network.disable_adapters()
+        try:
+            yield
+        finally:
+            for network in networks:
+                network.enable_adapters()
+
     def weights(self, values: Mapping[str, Tensor] | None = None) -> LoraWeights:
         """What a file holds of it: its parameters, or other `values` of them, as an average."""
         tensors = {name: value.detach() for name, value in (values or self.parameters).items()}

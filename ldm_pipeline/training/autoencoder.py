@@ -20,8 +20,9 @@ from diffusers import AutoencoderKL
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ldm_pipeline.data.world import World
+from ldm_pipeline.data.world import Scene, World
 from ldm_pipeline.training.config import (
+    Fraction,
     NonNegative,
     NonNegativeFloat,
     Positive,
@@ -29,7 +30,7 @@ from ldm_pipeline.training.config import (
     TrainingConfig,
     must_divide,
 )
-from ldm_pipeline.training.engine import Batch
+from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.start import take_weights
 from ldm_pipeline.training.world_data import WorldSettings, as_tensor, fresh_pictures, noise_of
 
@@ -67,8 +68,12 @@ class AutoencoderConfig(TrainingConfig):
     data: WorldSettings = WorldSettings()
     crop: Crop = 64
     first_crop: Crop = 32
-    first_steps: NonNegative = 0
-    """How many steps begin on crops of `first_crop`: colours are soon learnt on cheap pieces."""
+    first_steps: NonNegative = Field(
+        default=0, description="so many steps on crops of first_crop: colours are soon learnt"
+    )
+    around_things: Fraction = Field(
+        default=0.75, description="share of crops that hold a thing: plain ground is soon learnt"
+    )
 
 
 class AutoencoderObjective(nn.Module):
@@ -102,11 +107,10 @@ class AutoencoderObjective(nn.Module):
         side = config.first_crop if begun else config.crop
         crops = []
         for position in positions:
-            picture = self.world[position].picture
-            top, left = np.random.default_rng([config.run.seed, position]).integers(
-                0, 128 - side + 1, 2
-            )
-            crops.append(picture[top : top + side, left : left + side])
+            sample = self.world[position]
+            rng = np.random.default_rng([config.run.seed, position])
+            top, left = _corner(sample.scene, side, config.around_things, rng)
+            crops.append(sample.picture[top : top + side, left : left + side])
         latent = (config.model.latent_channels, side // 8, side // 8)
         return {"x": as_tensor(crops), "noise": noise_of(positions, latent, config.run.seed)}
 
@@ -146,6 +150,20 @@ class AutoencoderObjective(nn.Module):
         scale = 1.0 / self.validate()["latent_std"]
         self.vae.register_to_config(scaling_factor=round(scale, 5))
         self.vae.save_pretrained(folder)
+
+
+def _corner(
+    scene: Scene, side: int, around_things: float, rng: np.random.Generator
+) -> tuple[int, int]:
+    """(top, left) of a crop: anywhere, or so that the centre of a thing lies in its middle half."""
+    room = 128 - side
+    top, left = (int(value) for value in rng.integers(0, room + 1, 2))
+    if scene.things and rng.random() < around_things:
+        thing = scene.things[int(rng.integers(len(scene.things)))]
+        off = rng.integers(side // 4, side - side // 4 + 1, 2)
+        top = min(room, max(0, int(thing.y) - int(off[0])))
+        left = min(room, max(0, int(thing.x) - int(off[1])))
+    return top, left
 
 
 @torch.no_grad()

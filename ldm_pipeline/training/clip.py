@@ -37,7 +37,7 @@ from ldm_pipeline.training.config import (
     TrainingConfig,
     must_divide,
 )
-from ldm_pipeline.training.engine import Batch
+from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.start import take_weights
 from ldm_pipeline.training.tokenizer import train_tokenizer
 from ldm_pipeline.training.world_data import WorldSettings, as_tensor

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ldm_pipeline.errors import UserError, nearest
 
@@ -28,6 +28,12 @@ FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+Precision = Annotated[
+    Literal["auto", "no", "bf16", "fp16"],
+    BeforeValidator(lambda value: "no" if value is False else value),
+]
+"""YAML reads a bare `no` as false; here it means what it says."""
 
 NO_YAML = (yaml.YAMLError, ValueError, RecursionError)
 """What the YAML reader raises: dates that no calendar has and endless nesting included."""
@@ -60,7 +66,7 @@ class RunSettings(Settings):
     steps: Positive = 1000
     batch_size: Positive = Field(default=64, description="samples of one update, in all")
     accumulation: Positive = Field(default=1, description="pieces of a process's share")
-    mixed_precision: Literal["auto", "no", "bf16", "fp16"] = Field(
+    mixed_precision: Precision = Field(
         default="auto", description="auto: bf16 where the hardware has it, else float32"
     )
     compile: bool = Field(default=False, description="torch.compile it; pays on long runs")

@@ -13,16 +13,18 @@ waits for the device either, but where something is logged, measured or saved.
 from __future__ import annotations
 
 import logging
+import math
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import send_to_device, set_seed
+from accelerate.utils import DistributedType, send_to_device, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -30,6 +32,7 @@ from tqdm.auto import tqdm
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.training import checkpoint
 from ldm_pipeline.training.config import TrainingConfig, write_yaml
+from ldm_pipeline.training.objective import Batch, Drawing, Naming, Objective
 from ldm_pipeline.training.ranks import Ranks, launched
 from ldm_pipeline.training.start import precision
 from ldm_pipeline.training.updates import (
@@ -43,33 +46,6 @@ from ldm_pipeline.training.updates import (
 )
 
 log = logging.getLogger(__name__)
-
-Batch = dict[str, Any]
-"""Tensors by name, [B, …]; lists and dictionaries of such may lie inside."""
-
-
-@runtime_checkable
-class Objective(Protocol):
-    """What a training run optimises. Implementations are `torch.nn.Module`s.
-
-    Parameters that require gradients are trained, the others are frozen and not saved.
-    """
-
-    def batch(self, positions: range) -> Batch:
-        """The samples at these positions of the run's endless stream; no state, any process."""
-        ...
-
-    def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """Scalar means over the batch; `loss` is minimised, the others are logged."""
-        ...
-
-    def validate(self) -> dict[str, float]:
-        """Measures on samples that training never sees, with fixed noise."""
-        ...
-
-    def export(self, folder: Path) -> None:
-        """Write the trained model (the moving average is in place) in Diffusers layout."""
-        ...
 
 
 class Interrupted(Exception):
@@ -133,6 +109,11 @@ class _Run:
                 f"run.batch_size={run.batch_size} must be a multiple of processes x accumulation, "
                 f"{self.ranks.count} x {run.accumulation}"
             )
+        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+            raise UserError(
+                "FSDP and DeepSpeed are not supported: every process holds the whole model; launch "
+                "with --multi_gpu"
+            )
         if mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
             raise UserError("run.mixed_precision='fp16' needs a GPU; use bf16 or no on a CPU")
         set_seed(run.seed)
@@ -147,6 +128,7 @@ class _Run:
         self.checkpoints = run.out / "checkpoints"
         self.forward = torch.compile(self.module) if run.compile else self.module
         self.accumulation = run.accumulation
+        self.best = math.inf
         self.done = self.logged = self._resume()
         if self.accelerator.is_main_process:
             run.out.mkdir(parents=True, exist_ok=True)
@@ -326,15 +308,32 @@ class _Run:
         bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
 
     def _validate(self, bar: Any) -> None:
-        if self.accelerator.is_main_process:
-            self.module.eval()
-            with self._averaged():
-                scores = self.objective.validate()
-            self.module.train()
-            self.accelerator.log({f"validation/{k}": v for k, v in scores.items()}, step=self.done)
-            shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-            bar.write(f"step {self.done}: {shown}")
+        self.module.eval()
+        with self._averaged():
+            scores = self.objective.validate()
+            if self.accelerator.is_main_process:
+                self.accelerator.log(
+                    {f"validation/{k}": v for k, v in scores.items()}, step=self.done
+                )
+                shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+                bar.write(f"step {self.done}: {shown}" if shown else f"step {self.done}")
+                self._show()
+                if scores.get("loss", math.inf) < self.best:
+                    self.best = scores["loss"]
+                    self.objective.export(self.config.run.out / "best")
+        self.module.train()
         self.accelerator.wait_for_everyone()
+
+    def _show(self) -> None:
+        """Keep the picture that the objective draws, as a file and in TensorBoard."""
+        picture = self.objective.picture() if isinstance(self.objective, Drawing) else None
+        if picture is None:
+            return
+        folder = self.config.run.out / "pictures"
+        folder.mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"step-{self.done:08d}.png")
+        board = self.accelerator.get_tracker("tensorboard", unwrap=True)
+        board.add_image("picture", np.asarray(picture), self.done, dataformats="HWC")
 
     def _averaged(self) -> Any:
         return self.average.in_place() if self.config.optimiser.ema_decay else nullcontext()
@@ -350,6 +349,7 @@ class _Run:
                 "seed": self.config.run.seed,
                 "accumulation": self.accumulation,
                 "processes": self.ranks.count,
+                "best": self.best if math.isfinite(self.best) else None,
             }
             saved = checkpoint.save(self.checkpoints, self.done, parts, state)
             checkpoint.prune(self.checkpoints, self.config.run.keep_checkpoints, saved)
@@ -376,6 +376,8 @@ class _Run:
                     if key.startswith(prefix)
                 }
         log.info("going on from %s", newest)
+        best = state.get("best")
+        self.best = math.inf if best is None else float(best)
         smaller = int(state.get("accumulation", 0))  # an earlier process ran out of memory
         if smaller > self.accumulation and self._steps().share % smaller == 0:
             self.accumulation = smaller
@@ -389,8 +391,7 @@ def _seed(seed: int, step: int, piece: int) -> int:
 
 def _named(objective: Objective, position: int) -> str:
     """How the objective calls a sample, its position where it has no name."""
-    name = getattr(objective, "name_of", None)
-    return str(name(position)) if name is not None else f"sample {position}"
+    return objective.name_of(position) if isinstance(objective, Naming) else f"sample {position}"
 
 
 def _leave_signals_to_the_run(worker: int) -> None:

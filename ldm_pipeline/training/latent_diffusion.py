@@ -45,8 +45,8 @@ from ldm_pipeline.training.config import (
     TrainingConfig,
     must_divide,
 )
-from ldm_pipeline.training.engine import Batch
 from ldm_pipeline.training.levels import LevelSettings
+from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.ranks import launched
 from ldm_pipeline.training.start import precision, take_weights
 from ldm_pipeline.training.world_data import WorldSettings, as_tensor, noise_of

@@ -12,13 +12,14 @@ before the first step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL.Image import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
@@ -27,10 +28,11 @@ from ldm_pipeline.diffusion.losses import Loss, denoising_errors, loss_weights
 from ldm_pipeline.diffusion.noise import coarse_noise
 from ldm_pipeline.diffusion.schedule import Schedule
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.grid import captioned_grid
 from ldm_pipeline.lora import files
 from ldm_pipeline.lora.inject import inject, without_input_casts
 from ldm_pipeline.lora.targets import LoraSettings, Override
-from ldm_pipeline.models.text import tokenise
+from ldm_pipeline.models.text import encode, tokenise
 from ldm_pipeline.models.unet import bind
 from ldm_pipeline.training.captioned import (
     Captioned,
@@ -47,9 +49,9 @@ from ldm_pipeline.training.config import (
     Settings,
     TrainingConfig,
 )
-from ldm_pipeline.training.engine import Batch
 from ldm_pipeline.training.levels import LevelSettings
-from ldm_pipeline.training.ranks import launched
+from ldm_pipeline.training.objective import Batch
+from ldm_pipeline.training.ranks import Ranks, launched
 from ldm_pipeline.training.start import precision
 
 BANDS = 4
@@ -105,6 +107,15 @@ class LossSettings(Settings):
         return Loss(self.weighting, self.gamma, self.huber)
 
 
+class PictureSettings(Settings):
+    """What is drawn at each validation, with the adapter and without it, from fixed seeds."""
+
+    prompts: tuple[str, ...] = ()
+    steps: Positive = 25
+    guidance: NonNegativeFloat = 5.0
+    negative: str = ""
+
+
 class LoraConfig(TrainingConfig):
     """Everything that `train/train_lora.py` reads."""
 
@@ -114,6 +125,7 @@ class LoraConfig(TrainingConfig):
     loss: LossSettings = LossSettings()
     levels: LevelSettings = LevelSettings(uniform=1.0)
     gradient_checkpointing: bool = False
+    pictures: PictureSettings = PictureSettings()
 
     @model_validator(mode="after")
     def _fits(self) -> LoraConfig:
@@ -128,6 +140,7 @@ class LoraObjective(nn.Module):
         super().__init__()
         self.config = config
         self.state = launched()
+        self.ranks = Ranks(self.state)
         seed = config.run.seed
         self.data = Captioned(config.data, seed, config.run.batch_size)
         pipe = open_model(config.model, self._dtype())
@@ -147,9 +160,14 @@ class LoraObjective(nn.Module):
             self.text_encoder = pipe.text_encoder
             models["text_encoder"] = self.text_encoder
         else:
+            texts = [*self.data.texts(), *config.pictures.prompts, config.pictures.negative]
             self.texts = cached_texts(
-                self.data.texts(), config.data.cache, pipe.tokenizer, pipe.text_encoder, share
+                texts, config.data.cache, pipe.tokenizer, pipe.text_encoder, share
             )
+        for part in (pipe.vae,) if config.lora.text_encoder else (pipe.vae, pipe.text_encoder):
+            part.to("cpu")  # they have said all that training asks
+        self._pipe = pipe if config.pictures.prompts else None
+        self._base: list[Image] = []
         self.adapter = inject(models, config.lora.settings(), seed=seed)
         if config.begin_from is not None:
             _begin_from(self.adapter.parameters, config.begin_from)
@@ -175,23 +193,62 @@ class LoraObjective(nn.Module):
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """The plain penalty on what was held out, in bands of levels, with fixed noise."""
+        if not self.data.held_out:
+            return {}
         errors: list[list[float]] = [[] for _ in range(BANDS)]
         levels = self.schedule.num_train_timesteps
-        for number, sample in enumerate(self.data.held_out):
+        own = list(enumerate(self.data.held_out))[self.state.process_index :: self.ranks.count]
+        for number, sample in own:
             for band in range(BANDS):
                 rng = np.random.default_rng([7, number, band])
                 t = int((band + rng.random()) * levels / BANDS)
                 group = _stacked([self._drawn(sample, -1 - number * BANDS - band, t)])
                 moved = {name: value.to(self.unet.device) for name, value in group.items()}
                 errors[band].append(float(self._errors(moved)[0]))
-        if not self.data.held_out:
-            return {}
-        means = [sum(band) / len(band) for band in errors]
+        totals = torch.tensor([sum(band) for band in errors], dtype=torch.float64)
+        means = (self.ranks.total(totals) / len(self.data.held_out)).tolist()
         return {"loss": sum(means) / BANDS} | {f"loss_band_{i}": m for i, m in enumerate(means)}
 
     def export(self, folder: Path) -> None:
         """Write the adapter as stock diffusers reads it."""
         files.save(folder, self.adapter.weights())
+
+    def picture(self) -> Image | None:
+        """The prompts drawn without the adapter and with it, side by side; None without prompts."""
+        if self._pipe is None:
+            return None
+        if not self._base:
+            with self.adapter.disabled():
+                self._base = self._draw(self._pipe)
+        adapted = self._draw(self._pipe)
+        prompts = self.config.pictures.prompts
+        pairs = [(self._base[i], adapted[i]) for i in range(len(prompts))]
+        captions = [text for p in prompts for text in (f"without: {p}", f"with: {p}")]
+        return captioned_grid([one for pair in pairs for one in pair], captions, columns=2)
+
+    def _draw(self, pipe: Any) -> list[Image]:
+        """The prompts' pictures, picture i from seed i, with the network as it is now."""
+        told, side = self.config.pictures, self.config.data.resolution
+        pipe.set_progress_bar_config(disable=True)
+        pipe.vae.to(self.unet.device)
+        pictures: list[Image] = pipe(
+            prompt_embeds=self._embeds(told.prompts),
+            negative_prompt_embeds=self._embeds([told.negative] * len(told.prompts)),
+            height=side,
+            width=side,
+            num_inference_steps=told.steps,
+            guidance_scale=told.guidance,
+            generator=[torch.Generator().manual_seed(i) for i in range(len(told.prompts))],
+        ).images
+        pipe.vae.to("cpu")
+        return pictures
+
+    def _embeds(self, texts: Sequence[str]) -> Tensor:
+        """Embeddings [n, L, C] of texts, of the text encoder as it is now where it is trained."""
+        if self.config.lora.text_encoder:
+            return encode(self.tokenizer, self.text_encoder, list(texts), warn=False)
+        cached = [self.texts[text_key(text)]["embeds"] for text in texts]
+        return torch.stack(cached).to(self.unet.device)
 
     def name_of(self, position: int) -> str:
         """The picture at a position, for messages."""

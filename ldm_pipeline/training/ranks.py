@@ -55,6 +55,12 @@ class Ranks:
             dist.all_reduce(buffer)
             buffer.div_(self.count)
 
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of `values`, on the host, over all processes."""
+        if self.count > 1:
+            dist.all_reduce(values, group=self._hosts)
+        return values
+
     def told(self, text: str) -> list[str]:
         """What each process says, empty answers left out."""
         if self.count == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ldm_pipeline.training.engine import Batch, Objective
+from ldm_pipeline.training.objective import Batch, Objective
 
 
 def batch_of(objective: nn.Module, positions: range) -> Batch:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -12,7 +13,12 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from ldm_pipeline.data.world import World
-from ldm_pipeline.training.autoencoder import AutoencoderConfig, AutoencoderObjective, psnr
+from ldm_pipeline.training.autoencoder import (
+    AutoencoderConfig,
+    AutoencoderObjective,
+    _corner,
+    psnr,
+)
 from ldm_pipeline.training.world_data import as_tensor, fresh_pictures, noise_of
 from tests.training import laws
 
@@ -36,6 +42,24 @@ def test_samples_are_cut_from_the_world(objective: AutoencoderObjective) -> None
         windows = as_tensor([World(0)[position].picture])[0].unfold(1, 32, 1).unfold(2, 32, 1)
         same = (windows == crop[:, None, None]).all(dim=(0, 3, 4))
         assert same.any()
+
+
+@pytest.mark.parametrize("side", [32, 64, 128])
+def test_crops_hold_a_thing_as_often_as_asked(side: int) -> None:
+    """Always inside; at share 1 the centre of a thing is in each, at 0 the corner is anywhere."""
+    rng = np.random.default_rng(0)
+    scenes = [World(0)[i].scene for i in range(40)]
+    for scene in scenes:
+        top, left = _corner(scene, side, 1.0, rng)
+        assert 0 <= top <= 128 - side
+        assert 0 <= left <= 128 - side
+        held = [
+            top <= thing.y <= top + side and left <= thing.x <= left + side
+            for thing in scene.things
+        ]
+        assert any(held) or not scene.things
+    anywhere = [_corner(scenes[0], side, 0.0, rng)[0] for _ in range(600)]
+    assert {min(anywhere), max(anywhere)} == {0, 128 - side}
 
 
 def test_noise_is_unit_gaussian_and_depends_on_the_position_alone() -> None:

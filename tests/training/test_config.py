@@ -56,6 +56,12 @@ def test_the_command_line_wins_over_the_file_in_any_order(tmp_path: Path) -> Non
         assert config.run.batch_size == 64  # what nobody mentions has its default
 
 
+def test_no_means_no_precision_also_in_yaml(tmp_path: Path) -> None:
+    path = written(tmp_path, "run: {out: a, mixed_precision: no}")
+    for arguments in (["--config", path], ["--run.out=a", "--run.mixed_precision=no"]):
+        assert parse(TrainingConfig, arguments).run.mixed_precision == "no"
+
+
 def test_overrides_alone_are_enough() -> None:
     config = parse(TrainingConfig, ["--run.out", "x", "--optimiser.betas", "[0.5, 0.6]"])
     assert config.optimiser.betas == (0.5, 0.6)

@@ -18,7 +18,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.training import checkpoint
 from ldm_pipeline.training.config import OptimiserSettings, TrainingConfig
-from ldm_pipeline.training.engine import Batch, Interrupted, Objective, fit
+from ldm_pipeline.training.engine import Interrupted, fit
+from ldm_pipeline.training.objective import Batch, Objective
 from ldm_pipeline.training.updates import (
     Gradients,
     Guard,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
+import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +22,11 @@ from ldm_pipeline.diffusion.losses import Loss, denoising_errors, loss_weights
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import autoencoder, text
 from ldm_pipeline.models.unet import bind
-from ldm_pipeline.training.engine import fit
+from ldm_pipeline.training import checkpoint
+from ldm_pipeline.training.captioned import Sample
+from ldm_pipeline.training.engine import Interrupted, fit
 from ldm_pipeline.training.lora import LoraConfig, LoraObjective
+from ldm_pipeline.training.objective import Batch
 from tests.training import laws
 
 SIZES = [(64, 64), (64, 64), (96, 32), (32, 128), (64, 64), (96, 32), (64, 64)]
@@ -283,6 +289,113 @@ def test_stock_diffusers_draws_what_was_trained(folder: Path, opened: Counted, t
     wider = config_of(folder, lora={"rank": 8}).model_copy(update={"begin_from": final})
     with pytest.raises(UserError, match="another shape"):
         LoraObjective(wider, opened)
+
+
+class Stopping(LoraObjective):
+    """Gets a Ctrl-C while the first piece of a step is made."""
+
+    stop_at: int
+
+    def batch(self, positions: range) -> Batch:
+        """The objective's batch."""
+        if positions.start == self.stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return super().batch(positions)
+
+
+@pytest.mark.parametrize("accumulation", [1, 3])
+def test_a_stop_leaves_no_trace(folder: Path, opened: Counted, accumulation: int) -> None:
+    """Wherever it is stopped, within an epoch or at its end: adapter, average, optimiser and the
+    order of samples, their words and noise are those of the run that never stopped."""
+    told = {"batch_size": 3, "accumulation": accumulation, "validate_every": 100}
+    captions = {"captions": {"dropout": 0.3, "shuffle_tags": True}}
+
+    def config(out: str) -> LoraConfig:
+        where = {"out": folder.parent / out}
+        average = {"ema_decay": 0.9}
+        return config_of(folder, run={**told, **where}, data=captions, optimiser=average)
+
+    whole = config("whole")
+    fit(LoraObjective(whole, opened), whole)
+    for last in (0, 1, 4):
+        broken = config(f"stopped in {last}")
+        objective = Stopping(broken, opened)
+        objective.stop_at = last * 3
+        with pytest.raises(Interrupted, match=f"step {last + 1};"):
+            fit(objective, broken)
+        fit(LoraObjective(broken, opened), broken)
+        one, other = (checkpoint.newest(c.run.out / "checkpoints") for c in (whole, broken))
+        assert one is not None
+        assert other is not None
+        for part, tensors in checkpoint.load(one)[0].items():
+            again = checkpoint.load(other)[0][part]
+            assert tensors.keys() == again.keys()
+            assert [n for n in tensors if not torch.equal(tensors[n], again[n])] == []
+        files = [c.run.out / "final" / "pytorch_lora_weights.safetensors" for c in (whole, broken)]
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_latent_that_is_not_finite_is_named_and_not_kept(
+    folder: Path, opened: Counted, tmp_path: Path
+) -> None:
+    def spoilt(source: str, dtype: torch.dtype) -> LatentDiffusionPipeline:
+        pipe = opened(source, dtype)
+        with torch.no_grad():
+            pipe.vae.quant_conv.bias.fill_(torch.nan)
+        return pipe
+
+    with pytest.raises(UserError, match=r"\.png: its latents are not finite"):
+        LoraObjective(config_of(folder), spoilt)
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+
+
+class Spoilt(LoraObjective):
+    """Whose sample 5 is not finite."""
+
+    def _drawn(self, sample: Sample, position: int, t: int | None = None) -> dict[str, Tensor]:
+        drawn = super()._drawn(sample, position, t)
+        return {**drawn, "z": drawn["z"] * torch.inf} if position == 5 else drawn
+
+
+def test_a_gradient_that_is_not_finite_stops_with_the_pictures_name(
+    folder: Path, opened: Counted
+) -> None:
+    config = config_of(folder, data={"held_out": 0.0})
+    objective = Spoilt(config, opened)
+    sample = objective.data.sample(5)
+    with pytest.raises(FloatingPointError, match=re.escape(sample.item.picture.name)):
+        fit(objective, config)
+
+
+def test_pictures_show_the_prompts_without_and_with_the_adapter(
+    folder: Path, opened: Counted
+) -> None:
+    """The left half stays, the right one changes; what is kept is the best and the last."""
+    told = {"prompts": ["red, blue", "red"], "steps": 2}
+    config = config_of(folder, pictures=told)
+    objective = LoraObjective(config, opened)
+    first = objective.picture()
+    assert first is not None
+    fit(objective, config)
+    asked = opened.calls["text_encoder"]
+    out = config.run.out
+    names = sorted(path.name for path in (out / "pictures").iterdir())
+    assert names == ["step-00000003.png", "step-00000006.png"]
+    last = np.asarray(Image.open(out / "pictures" / names[1]))
+    before = np.asarray(first)
+    half = before.shape[1] // 2
+    cell = slice(10, 200)
+    assert np.array_equal(before[cell, :half][:, 10:-10], last[cell, :half][:, 10:-10])
+    assert not np.array_equal(before[cell, half:], last[cell, half:])
+    for kept in ("best", "final"):
+        assert (out / kept / "pytorch_lora_weights.safetensors").is_file()
+    assert opened.calls["text_encoder"] == asked
+    assert objective._pipe is not None
+    base = objective._pipe(
+        "red, blue", height=64, width=64, num_inference_steps=2, guidance_scale=5.0,
+        generator=torch.Generator().manual_seed(0), output_type="np",
+    )  # fmt: skip
+    assert base.images.shape == (1, 64, 64, 3)
 
 
 def test_checkpointing_gradients_changes_no_gradient(folder: Path, opened: Counted) -> None:

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm_pipeline.training.config import OptimiserSettings, RunSettings, TrainingConfig
-from ldm_pipeline.training.engine import Batch
 from ldm_pipeline.training.launch import launch
+from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.world_data import noise_of
 
 Hook = Callable[[range], None]

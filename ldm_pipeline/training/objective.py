@@ -1,0 +1,58 @@
+"""What the engine trains: anything that turns positions into batches and batches into losses."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import PIL.Image
+from torch import Tensor
+
+Batch = dict[str, Any]
+"""Tensors by name, [B, …]; lists and dictionaries of such may lie inside."""
+
+
+@runtime_checkable
+class Objective(Protocol):
+    """What a training run optimises. Implementations are `torch.nn.Module`s.
+
+    Parameters that require gradients are trained, the others are frozen and not saved.
+    """
+
+    def batch(self, positions: range) -> Batch:
+        """The samples at these positions of the run's endless stream; no state, any process."""
+        ...
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """Scalar means over the batch; `loss` is minimised, the others are logged."""
+        ...
+
+    def validate(self) -> dict[str, float]:
+        """Measures on samples that training never sees, with fixed noise.
+
+        Every process is asked at the same time, and the first one's answer counts. The model with
+        the least `loss`, if there is one among the measures, is kept as `best`.
+        """
+        ...
+
+    def export(self, folder: Path) -> None:
+        """Write the trained model (the moving average is in place) in Diffusers layout."""
+        ...
+
+
+@runtime_checkable
+class Drawing(Protocol):
+    """An objective that shows what it has learnt."""
+
+    def picture(self) -> PIL.Image.Image | None:
+        """One picture of the state of things, or None; only the first process is asked."""
+        ...
+
+
+@runtime_checkable
+class Naming(Protocol):
+    """An objective whose samples have names for people."""
+
+    def name_of(self, position: int) -> str:
+        """The name of the sample at a position."""
+        ...

@@ -1,0 +1,25 @@
+"""A LoRA run over the tests' tiny components, as a module: what several processes are started with.
+
+python -m tests.training.tiny_lora --data.source DIR --run.out DIR ...
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+
+from ldm_pipeline import LatentDiffusionPipeline
+from ldm_pipeline.training.launch import launch
+from ldm_pipeline.training.lora import LoraConfig, LoraObjective
+from tests.conftest import build
+
+
+def open_model(source: str, dtype: torch.dtype) -> LatentDiffusionPipeline:
+    """The tiny pipeline, whatever `source` says."""
+    return LatentDiffusionPipeline(**build()).to(dtype)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    launch(LoraConfig, partial(LoraObjective, open_model=open_model))
