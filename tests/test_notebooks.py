@@ -23,6 +23,13 @@ SHOWS = re.compile(r"^(plt\.show|sheet)\(", re.MULTILINE)
 """Such a line, not inside a function, puts a picture on the page."""
 
 
+EXPECTED = {
+    "01_draw": (8, ("the same latents as by hand: True",)),
+    "02_lora": (2, ("at weight 0 the pictures are the model's own, bit for bit: True", "errors")),
+}
+"""How many cells of a notebook show pictures, at least, and what it prints."""
+
+
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
 def notebook(request: pytest.FixtureRequest) -> Any:
     """Each notebook as it lies in the folder."""
@@ -56,25 +63,39 @@ def test_a_notebook_is_kept_clean(notebook: Any) -> None:
         assert cell.execution_count is None
 
 
+def shortened(notebook: Any) -> Any:
+    """The notebook with what its cell of parameters says made small enough for a test."""
+    for cell in code_cells(notebook):
+        if "parameters" in cell.metadata.get("tags", []):
+            assert "STEPS = 400" in cell.source
+            cell.source = cell.source.replace("STEPS = 400", "STEPS = 4")
+    return notebook
+
+
 def test_a_notebook_runs_and_shows_its_pictures(
-    notebook: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    notebook: Any, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No cell fails (nbclient raises), and each that should show something does."""
+    """No cell fails (nbclient raises), each that should show something does, and it says what it
+    sets out to say."""
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path))  # a reader's own start-up files stay out
     monkeypatch.delenv("MPLBACKEND", raising=False)
     where = {"metadata": {"path": str(tmp_path)}}
-    NotebookClient(notebook, kernel_name="python3", timeout=240, resources=where).execute()
+    shown, says = EXPECTED[request.node.callspec.params["notebook"].stem]
+    NotebookClient(
+        shortened(notebook), kernel_name="python3", timeout=240, resources=where
+    ).execute()
 
     showing = [cell for cell in code_cells(notebook) if SHOWS.search(cell.source)]
-    assert len(showing) >= 8
+    assert len(showing) >= shown
     for cell in showing:
         assert pictures(cell), f"no picture from:\n{cell.source}"
     for cell in code_cells(notebook):
         for picture in pictures(cell):
             assert picture.std() > 1, f"a blank picture from:\n{cell.source}"
     said = "".join(printed(cell) for cell in code_cells(notebook))
-    assert "the same latents as by hand: True" in said
-    # 1e-5 is what a batch may change by rounding (fp32 latents); the decoder stays in that order.
+    for sentence in says:
+        assert sentence in said
     difference = re.search(r"largest difference: (\S+),", said)
-    assert difference is not None
-    assert float(difference[1]) < 1e-4
+    # 1e-5 is what a batch may change by rounding (fp32 latents); the decoder stays in that order.
+    assert (difference is not None) == ("01_draw" in str(request.node.name))
+    assert difference is None or float(difference[1]) < 1e-4

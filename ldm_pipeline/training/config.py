@@ -15,10 +15,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from ldm_pipeline.errors import UserError, nearest
 
@@ -46,9 +53,12 @@ class Settings(BaseModel):
 
 
 class OptimiserSettings(Settings):
-    """AdamW and the course of its learning rate: warm up, hold, cool down to zero."""
+    """The optimiser and the course of its learning rate: warm up, hold, cool down to zero."""
 
-    lr: PositiveFloat = 1e-4
+    kind: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "schedulefree"] = Field(
+        default="adamw", description="all but adamw and adafactor need the extra: optimisers"
+    )
+    lr: PositiveFloat = Field(default=1e-4, description="1 is usual for prodigy")
     betas: tuple[Fraction, Fraction] = (0.9, 0.99)
     weight_decay: NonNegativeFloat = 0.01
     eps: PositiveFloat = 1e-8
@@ -56,6 +66,14 @@ class OptimiserSettings(Settings):
     cooldown_steps: NonNegative = 0
     max_grad_norm: PositiveFloat = 1.0
     ema_decay: Fraction = Field(default=0.999, description="0: no moving average of weights")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.kind == "schedulefree" and (self.cooldown_steps or self.ema_decay):
+            raise ValueError(
+                "kind=schedulefree averages weights by itself; set cooldown_steps=0 and ema_decay=0"
+            )
+        return self
 
 
 class RunSettings(Settings):

@@ -39,10 +39,12 @@ from ldm_pipeline.training.updates import (
     Gradients,
     Guard,
     MovingAverage,
-    adamw,
+    build_optimiser,
     learning_rate,
     leave_out,
-    optimiser_tensors,
+    optimiser_state,
+    restore_optimiser,
+    skips_on_the_device,
 )
 
 log = logging.getLogger(__name__)
@@ -122,8 +124,9 @@ class _Run:
         self.ranks.start_alike(self.trained.values())
         self.gradients = Gradients(self.trained)
         self.guard = Guard(self.accelerator.device)
-        optimiser = adamw(list(self.trained.values()), config.optimiser)
+        optimiser = build_optimiser(list(self.trained.values()), config.optimiser)
         self.optimiser: Any = self.accelerator.prepare_optimizer(optimiser)
+        self.optimiser.train()
         self.average = MovingAverage(self.trained, config.optimiser.ema_decay)
         self.checkpoints = run.out / "checkpoints"
         self.forward = torch.compile(self.module) if run.compile else self.module
@@ -226,7 +229,9 @@ class _Run:
         rate = learning_rate(step, self.config.run.steps, optimiser)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        if scaler is None:
+        if not skips_on_the_device(self.optimiser):
+            self._stop_if_spoilt()  # this waits for the device, at every step
+        elif scaler is None:
             leave_out(self.optimiser, self.guard.closed)
         self.optimiser.step()
         if optimiser.ema_decay:
@@ -335,17 +340,24 @@ class _Run:
         board = self.accelerator.get_tracker("tensorboard", unwrap=True)
         board.add_image("picture", np.asarray(picture), self.done, dataformats="HWC")
 
-    def _averaged(self) -> Any:
-        return self.average.in_place() if self.config.optimiser.ema_decay else nullcontext()
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Within the block the weights are the averaged ones, whoever averages them."""
+        with self.average.in_place() if self.config.optimiser.ema_decay else nullcontext():
+            self.optimiser.eval()  # schedule-free optimisers average by themselves
+            yield
+            self.optimiser.train()
 
     def _save(self) -> None:
         if self.accelerator.is_main_process:
+            tensors, others = optimiser_state(self.optimiser, self.trained)
             parts: dict[str, Mapping[str, Tensor]] = {
                 "weights": self.trained,
                 "average": self.average.average,
-                "optimiser": optimiser_tensors(self.optimiser, self.trained),
+                "optimiser": tensors,
             }
             state = {
+                "optimiser": others,
                 "seed": self.config.run.seed,
                 "accumulation": self.accumulation,
                 "processes": self.ranks.count,
@@ -369,12 +381,8 @@ class _Run:
                     raise UserError(f"{newest} holds another model ({name} has another shape)")
                 parameter.copy_(parts["weights"][name])
                 self.average.average[name].copy_(parts["average"][name])
-                prefix = f"{name}|"
-                self.optimiser.state[parameter] = {
-                    key.removeprefix(prefix): value.to(parameter.device)
-                    for key, value in parts["optimiser"].items()
-                    if key.startswith(prefix)
-                }
+        others = state.get("optimiser", {})
+        restore_optimiser(self.optimiser, self.trained, parts["optimiser"], others)
         log.info("going on from %s", newest)
         best = state.get("best")
         self.best = math.inf if best is None else float(best)

@@ -1,4 +1,4 @@
-"""What an update is: gradients in one buffer, AdamW, the moving average, and a guard before both.
+"""What an update is: gradients in one buffer, an optimiser, the moving average, and a guard.
 
 Legend
     trained    name -> parameter, float32; everything that a run changes
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ldm_pipeline.errors import UserError
 from ldm_pipeline.training.config import OptimiserSettings
 
 MOST_MEASURES = 16
@@ -29,26 +30,86 @@ def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:
     return settings.lr * min(warm, cool)
 
 
-def adamw(parameters: list[nn.Parameter], settings: OptimiserSettings) -> torch.optim.AdamW:
-    """AdamW in one fused kernel; weight decay on matrices and filters only, not on biases."""
-    groups = [
+def build_optimiser(
+    parameters: list[nn.Parameter], settings: OptimiserSettings
+) -> torch.optim.Optimizer:
+    """The optimiser that `settings` name; weight decay on matrices and filters, not on biases.
+
+    AdamW is one fused kernel. Raises `UserError` where the library of another kind is missing.
+    """
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(
-        groups, lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True
-    )
+    groups = [group for group in groups if group["params"]]
+    lr, betas, eps = settings.lr, settings.betas, settings.eps
+    if settings.kind == "adamw":
+        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    if settings.kind == "adafactor":
+        return torch.optim.Adafactor(groups, lr=lr)
+    try:
+        if settings.kind == "prodigy":
+            from prodigyopt import Prodigy
+
+            return Prodigy(groups, lr=lr, betas=betas, eps=eps)
+        if settings.kind == "schedulefree":
+            from schedulefree import AdamWScheduleFree
+
+            return AdamWScheduleFree(groups, lr=lr, betas=betas, eps=eps)
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(groups, lr=lr, betas=betas, eps=eps)
+    except ImportError as error:
+        raise UserError(
+            f"optimiser.kind={settings.kind!r} needs pip install 'ldm-pipeline[optimisers]'"
+            f" ({error})"
+        ) from error
 
 
-def optimiser_tensors(
-    optimiser: torch.optim.Optimizer, trained: Mapping[str, nn.Parameter]
-) -> dict[str, Tensor]:
-    """An optimiser's state as named tensors: `<parameter>|exp_avg` and so on."""
-    return {
-        f"{name}|{key}": value
-        for name, parameter in trained.items()
-        for key, value in optimiser.state.get(parameter, {}).items()
-    }
+def optimiser_state(
+    optimiser: Any, trained: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimiser's state: tensors as `<parameter>|exp_avg` and so on, and all other values, those
+    of its groups too, as JSON takes them."""
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, Any] = {"parameters": {}, "groups": []}
+    for name, parameter in trained.items():
+        for key, value in optimiser.state.get(parameter, {}).items():
+            if isinstance(value, Tensor):
+                tensors[f"{name}|{key}"] = value
+            else:
+                others["parameters"][f"{name}|{key}"] = value
+    for group in optimiser.param_groups:
+        plain = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        others["groups"].append(
+            {k: v.item() if isinstance(v, Tensor) else v for k, v in plain.items()}
+        )
+    return tensors, others
+
+
+def restore_optimiser(
+    optimiser: Any,
+    trained: Mapping[str, nn.Parameter],
+    tensors: Mapping[str, Tensor],
+    others: Mapping[str, Any],
+) -> None:
+    """Put back what `optimiser_state` gave."""
+    found: dict[str, dict[str, Any]] = {name: {} for name in trained}
+    for full, value in [*tensors.items(), *others.get("parameters", {}).items()]:
+        name, _, key = full.rpartition("|")
+        moved = value.to(trained[name].device) if isinstance(value, Tensor) else value
+        found[name][key] = moved
+    for name, parameter in trained.items():
+        if found[name]:
+            optimiser.state[parameter] = found[name]
+    for group, values in zip(optimiser.param_groups, others.get("groups", []), strict=False):
+        group.update({k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def skips_on_the_device(optimiser: Any) -> bool:
+    """Whether an optimiser can leave a step out by itself; see `leave_out`."""
+    inner = getattr(optimiser, "optimizer", optimiser)  # accelerate's wrapper holds torch's
+    return isinstance(inner, torch.optim.AdamW)
 
 
 class Gradients:

@@ -24,7 +24,7 @@ from ldm_pipeline.training.updates import (
     Gradients,
     Guard,
     MovingAverage,
-    adamw,
+    build_optimiser,
     learning_rate,
     leave_out,
 )
@@ -394,7 +394,7 @@ def test_a_closed_guard_leaves_everything_as_it_was() -> None:
     trained = dict(layer.named_parameters())
     gradients, guard = Gradients(trained), Guard(torch.device("cpu"))
     optimiser, average = (
-        adamw(list(trained.values()), OptimiserSettings()),
+        build_optimiser(list(trained.values()), OptimiserSettings()),
         MovingAverage(trained, 0.9),
     )
 

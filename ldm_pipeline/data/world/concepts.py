@@ -11,9 +11,8 @@ picture in the new style; it is never small, as eight-fold autoencoders lose sma
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cache
 from math import cos, pi, sin
 from pathlib import Path
@@ -40,7 +39,7 @@ from ldm_pipeline.data.world.scene import (
 )
 from ldm_pipeline.data.world.shapes import _SHAPES, Part, Point
 from ldm_pipeline.data.world.words import _PLURAL, SINGULAR
-from ldm_pipeline.data.world.world import Sample
+from ldm_pipeline.data.world.world import Sample, write_samples
 from ldm_pipeline.errors import UserError, choose
 
 BURST = "burst"  # the pattern of a comic background
@@ -125,17 +124,8 @@ def write_concept(out: str | Path, name: str, n: int, seed: int = 0) -> Path:
     concept_named(name)
     _at_least("n", n, 1)
     _at_least("seed", seed, 0)
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as lines:
-        for index in range(n):
-            sample = concept_sample(name, index, seed)
-            file = f"{index:06d}.png"
-            Image.fromarray(sample.picture).save(folder / file)
-            record = {"file_name": file, "text": sample.caption, "scene": asdict(sample.scene),
-                      "concept": name}  # fmt: skip
-            lines.write(json.dumps(record) + "\n")
-    return folder
+    samples = (concept_sample(name, index, seed) for index in range(n))
+    return write_samples(out, samples, n, {"concept": name})
 
 
 # --- pictures

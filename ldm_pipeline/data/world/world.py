@@ -6,6 +6,7 @@ Legend: a sample is fixed by (seed, split, index) alone, in any process and any 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -104,14 +105,20 @@ def write_folder(out: str | Path, n: int, seed: int = 0, split: str = "train") -
     if n < 1:
         raise UserError(f"n={n} must be 1 or more")
     world = World(seed, split)
+    return write_samples(out, (world[index] for index in range(n)), n)
+
+
+def write_samples(
+    out: str | Path, samples: Iterable[Sample], n: int, about: Mapping[str, str] | None = None
+) -> Path:
+    """Writes `n` samples as an image folder, each line of metadata.jsonl with what is `about`."""
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
     width = max(6, len(str(n - 1)))
     with (folder / "metadata.jsonl").open("w", encoding="utf-8") as lines:
-        for index in range(n):
-            sample = world[index]
-            name = f"{index:0{width}d}.png"
+        for number, sample in enumerate(samples):
+            name = f"{number:0{width}d}.png"
             Image.fromarray(sample.picture).save(folder / name)
             record = {"file_name": name, "text": sample.caption, "scene": asdict(sample.scene)}
-            lines.write(json.dumps(record) + "\n")
+            lines.write(json.dumps({**record, **(about or {})}) + "\n")
     return folder
