@@ -20,11 +20,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 import uuid
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,8 +75,9 @@ class Cache:
         self._shards: dict[str, Any] = {}
         self._where: dict[str, tuple[str, list[str]]] = {}
         for leftover in folder.glob(".*.unfinished"):
-            if time.time() - leftover.stat().st_mtime > 3600:  # of a killed run
-                leftover.unlink(missing_ok=True)
+            with suppress(FileNotFoundError):
+                if time.time() - leftover.stat().st_mtime > 3600:  # of a killed run
+                    leftover.unlink()
         self.refresh()
 
     def __contains__(self, key: str) -> bool:
@@ -98,9 +99,10 @@ class Cache:
             for part, tensor in entry.items()
         }
         sums = {name: _sum(tensor) for name, tensor in tensors.items()}
-        unfinished = self.folder / f".{os.getpid()}.unfinished"
+        name = uuid.uuid4().hex
+        unfinished = self.folder / f".{name}.unfinished"
         save_file(tensors, unfinished, metadata={SUMS: json.dumps(sums)})
-        unfinished.replace(self.folder / f"{uuid.uuid4().hex}.safetensors")
+        unfinished.replace(self.folder / f"{name}.safetensors")
         self.refresh()
 
     def refresh(self) -> None:
@@ -114,7 +116,10 @@ class Cache:
         try:
             shard = safe_open(path, framework="pt")
             entries, damaged = _looked_through(shard)
-        except (OSError, SafetensorError, ValueError, AttributeError) as error:
+        except OSError as error:  # nothing is known about its content
+            log.warning("%s cannot be read (%s)", path, error)
+            return
+        except (SafetensorError, ValueError, AttributeError) as error:
             log.warning("%s is damaged and is made again (%s)", path, error)
             path.unlink(missing_ok=True)
             return

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -35,9 +35,19 @@ from ldm_pipeline.data.order import epoch_order
 from ldm_pipeline.data.sources import BadPicture
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import autoencoder, text
-from ldm_pipeline.training.config import Fraction, NonNegative, NonNegativeFloat, Positive, Settings
+from ldm_pipeline.training.config import (
+    Fraction,
+    NonNegative,
+    NonNegativeFloat,
+    Part,
+    Positive,
+    Settings,
+)
 
 log = logging.getLogger(__name__)
+
+FORMAT = 1
+"""Of the caches; a change of what is encoded, and how, takes the next number."""
 
 
 class CaptionSettings(Settings):
@@ -73,7 +83,7 @@ class CaptionedSettings(Settings):
     strict: bool = Field(default=False, description="stop at a bad picture, not leave it out")
     regularisation: str | None = Field(default=None, description="pictures to keep knowing")
     regularisation_weight: NonNegativeFloat = 1.0
-    held_out: Fraction = Field(default=0.0, description="share kept for validation alone")
+    held_out: Part = Field(default=0.0, description="share kept for validation alone")
     cache: Path = Path("cache")
     captions: CaptionSettings = CaptionSettings()
 
@@ -106,7 +116,7 @@ class Captioned:
         self.wording = settings.captions.wording
         samples = self._looked_at(settings.source, regularisation=False)
         held = round(settings.held_out * len(samples))
-        held = max(held, 1) if settings.held_out and len(samples) > 1 else 0
+        held = min(max(held, 1), len(samples) - 1) if settings.held_out else 0
         aside = set(np.random.default_rng([seed, 6]).permutation(len(samples))[:held].tolist())
         self.held_out = [s for i, s in enumerate(samples) if i in aside]
         self.samples = [s for i, s in enumerate(samples) if i not in aside]
@@ -219,7 +229,7 @@ def cached_latents(data: Captioned, vae: AutoencoderKL, share: Share) -> Cache:
     what it then says must not be kept.
     """
     samples = sorted(data.every(), key=lambda sample: sample.transform.bucket)
-    key = key_of(vae.state_dict(), vae.config.scaling_factor, str(vae.dtype))
+    key = key_of(vae.state_dict(), FORMAT, _plain(vae.config), str(vae.dtype))
     cache = Cache(data.settings.cache / "latents" / key)
 
     def encode(indices: Sequence[int]) -> list[Entry | None]:
@@ -262,9 +272,10 @@ def cached_texts(
     share: Share,
 ) -> Cache:
     """The embeddings [L, C] of every text, under `text_key`."""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    about = hashlib.sha256(repr(vocabulary).encode()).hexdigest()
-    key = key_of(encoder.state_dict(), about, tokenizer.model_max_length, str(encoder.dtype))
+    rules = tokenizer.backend_tokenizer.to_str(), tokenizer.pad_token_id
+    length = tokenizer.model_max_length
+    about = FORMAT, rules, length, _plain(encoder.config.to_dict()), str(encoder.dtype)
+    key = key_of(encoder.state_dict(), about)
     cache = Cache(folder / "texts" / key)
 
     @torch.no_grad()
@@ -274,6 +285,13 @@ def cached_texts(
 
     fill(cache, [text_key(t) for t in texts], encode, share, batch_size=32, what="captions")
     return cache
+
+
+def _plain(config: Mapping[str, object]) -> list[tuple[str, object]]:
+    """What of an encoder's configuration decides its answers, in a fixed order."""
+    neutral = ("dtype", "torch_dtype", "transformers_version", "architectures")
+    fields = {k: v for k, v in config.items() if not k.startswith("_") and k not in neutral}
+    return sorted(fields.items())
 
 
 def text_key(words: str) -> str:

@@ -35,6 +35,8 @@ FiniteFloat = Annotated[float, Field(allow_inf_nan=False)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NonNegativeFloat = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Part = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 Precision = Annotated[
     Literal["auto", "no", "bf16", "fp16"],
@@ -59,7 +61,7 @@ class OptimiserSettings(Settings):
         default="adamw", description="all but adamw and adafactor need the extra: optimisers"
     )
     lr: PositiveFloat = Field(default=1e-4, description="1 is usual for prodigy")
-    betas: tuple[Fraction, Fraction] = (0.9, 0.99)
+    betas: tuple[Part, Part] = (0.9, 0.99)
     weight_decay: NonNegativeFloat = 0.01
     eps: PositiveFloat = 1e-8
     warmup_steps: NonNegative = 100
@@ -80,7 +82,7 @@ class RunSettings(Settings):
     """Where a run writes, how long it goes on and on what it computes."""
 
     out: Path = Field(description="folder of the run: checkpoints, logs and the final model")
-    seed: NonNegative = 0
+    seed: Seed = 0
     steps: Positive = 1000
     batch_size: Positive = Field(default=64, description="samples of one update, in all")
     accumulation: Positive = Field(default=1, description="pieces of a process's share")
@@ -179,7 +181,10 @@ def validated(
             raise UserError(f"{source}: unknown key {key!r} ({hint})") from error
         if first["type"] == "missing":
             raise UserError(f"{source}: {key!r} is missing") from error
-        raise UserError(f"{source}: {key}={first['input']!r}: {first['msg']}") from error
+        value = first["input"]
+        told = key if isinstance(value, dict) else f"{key}={value!r}"
+        why = first["msg"].removeprefix("Value error, ")
+        raise UserError(f"{source}: {f'{told}: ' if told else ''}{why}") from error
 
 
 def write_yaml(config: TrainingConfig, path: Path) -> None:

@@ -17,6 +17,7 @@ import math
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from multiprocessing import get_all_start_methods
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -133,6 +134,8 @@ class _Run:
         self.accumulation = run.accumulation
         self.best = math.inf
         self.done = self.logged = self._resume()
+        if len(set(self.ranks.told(str(self.done)))) > 1:
+            raise UserError(f"processes see different checkpoints in {run.out}; share that folder")
         if self.accelerator.is_main_process:
             run.out.mkdir(parents=True, exist_ok=True)
             write_yaml(config, run.out / "config.yaml")
@@ -174,7 +177,7 @@ class _Run:
                 if logging_now:
                     self._log(since / (done - self.logged), norm, bar)
                     since, self.logged = torch.zeros(0), done
-                if validating:
+                if validating and not stopping:
                     self._validate(bar)
                 if saving:
                     self._save()
@@ -291,13 +294,16 @@ class _Run:
         run = self.config.run
         if self.done >= run.steps:
             return iter(())
+        # A worker takes the objective along as it is, with its open caches: only a fork can.
+        workers = run.workers if "fork" in get_all_start_methods() else 0
         return iter(
             DataLoader(
                 self._steps(),
                 batch_size=None,
                 sampler=range(self.done, run.steps),
-                num_workers=run.workers,
-                prefetch_factor=4 if run.workers else None,
+                num_workers=workers,
+                prefetch_factor=4 if workers else None,
+                multiprocessing_context="fork" if workers else None,
                 pin_memory=self.accelerator.device.type == "cuda",
                 worker_init_fn=_leave_signals_to_the_run,
             )
@@ -359,6 +365,7 @@ class _Run:
             state = {
                 "optimiser": others,
                 "seed": self.config.run.seed,
+                "kind": self.config.optimiser.kind,
                 "accumulation": self.accumulation,
                 "processes": self.ranks.count,
                 "best": self.best if math.isfinite(self.best) else None,
@@ -375,6 +382,13 @@ class _Run:
         parts, state = checkpoint.load(newest)
         if parts["weights"].keys() != self.trained.keys():
             raise UserError(f"{newest} holds another model; choose another run.out or remove it")
+        asked = {"seed": self.config.run.seed, "kind": self.config.optimiser.kind}
+        for name, value in asked.items():
+            if state.get(name, value) != value:
+                raise UserError(
+                    f"{newest} was begun with {name}={state[name]}, not {value}; choose another "
+                    "run.out, or ask for the same again"
+                )
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 if parts["weights"][name].shape != parameter.shape:

@@ -121,8 +121,8 @@ class LatentDiffusionObjective(nn.Module):
                 raise UserError(f"{folder} is missing; train it first")
         torch.manual_seed(config.run.seed)
         self.config = config
-        self._device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._precision = precision(config.run.mixed_precision, self._device)
+        self._device = launched().device
+        self._precision = precision(config.run.mixed_precision, self._device.type)
         self.world = World(config.data.seed)
         self.tokenizer = CLIPTokenizer.from_pretrained(config.text / "tokenizer")
         self.text_encoder = CLIPTextModel.from_pretrained(
@@ -235,7 +235,7 @@ class LatentDiffusionObjective(nn.Module):
 
         def encode(indices: Sequence[int]) -> list[Entry]:
             pictures = as_tensor([self.world[i].picture for i in indices]).to(device)
-            with torch.autocast(device, torch.bfloat16, self._precision == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, self._precision == "bf16"):
                 mean, std = autoencoder.encode(vae, pictures)
             halves = zip(mean.half().cpu(), std.half().cpu(), strict=True)
             return [{"mean": m, "std": s} for m, s in halves]

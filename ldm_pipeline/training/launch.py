@@ -31,6 +31,7 @@ def launch(config: type[Config], objective: Callable[[Config], nn.Module]) -> No
     try:
         settings = parse(config)
         _start_the_others()
+        _check_writable(settings.run.out)
         final = fit(objective(settings), settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -43,6 +44,14 @@ def launch(config: type[Config], objective: Callable[[Config], nn.Module]) -> No
         sys.exit(1)
     if launched().is_main_process:
         print(f"the trained model is in {final}")
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise UserError where a run could not write its folder; nothing is written to find out."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        why = "cannot be written to" if place.is_dir() else "is a file"
+        raise UserError(f"run.out={folder}: {place} {why}; choose another folder")
 
 
 def _start_the_others() -> None:

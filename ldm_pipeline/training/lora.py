@@ -30,7 +30,7 @@ from ldm_pipeline.diffusion.schedule import Schedule
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.grid import captioned_grid
 from ldm_pipeline.lora import files
-from ldm_pipeline.lora.inject import inject, without_input_casts
+from ldm_pipeline.lora.inject import Adapter, inject, without_input_casts
 from ldm_pipeline.lora.targets import LoraSettings, Override
 from ldm_pipeline.models.text import encode, tokenise
 from ldm_pipeline.models.unet import bind
@@ -50,6 +50,7 @@ from ldm_pipeline.training.config import (
     TrainingConfig,
 )
 from ldm_pipeline.training.levels import LevelSettings
+from ldm_pipeline.training.lora_card import PICTURES, model_card
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.ranks import Ranks, launched
 from ldm_pipeline.training.start import precision
@@ -170,7 +171,7 @@ class LoraObjective(nn.Module):
         self._base: list[Image] = []
         self.adapter = inject(models, config.lora.settings(), seed=seed)
         if config.begin_from is not None:
-            _begin_from(self.adapter.parameters, config.begin_from)
+            _begin_from(self.adapter, config.begin_from)
 
     def batch(self, positions: range) -> Batch:
         """The samples of these positions, in groups of one size."""
@@ -197,6 +198,8 @@ class LoraObjective(nn.Module):
             return {}
         errors: list[list[float]] = [[] for _ in range(BANDS)]
         levels = self.schedule.num_train_timesteps
+        half = self.unet.dtype != torch.float32
+        context = torch.autocast(self.unet.device.type, self.unet.dtype, enabled=half)
         own = list(enumerate(self.data.held_out))[self.state.process_index :: self.ranks.count]
         for number, sample in own:
             for band in range(BANDS):
@@ -204,14 +207,22 @@ class LoraObjective(nn.Module):
                 t = int((band + rng.random()) * levels / BANDS)
                 group = _stacked([self._drawn(sample, -1 - number * BANDS - band, t)])
                 moved = {name: value.to(self.unet.device) for name, value in group.items()}
-                errors[band].append(float(self._errors(moved)[0]))
+                with context:
+                    errors[band].append(float(self._errors(moved)[0]))
         totals = torch.tensor([sum(band) for band in errors], dtype=torch.float64)
         means = (self.ranks.total(totals) / len(self.data.held_out)).tolist()
         return {"loss": sum(means) / BANDS} | {f"loss_band_{i}": m for i, m in enumerate(means)}
 
     def export(self, folder: Path) -> None:
-        """Write the adapter as stock diffusers reads it."""
+        """Write the adapter as stock diffusers reads it, and its model card."""
         files.save(folder, self.adapter.weights())
+        picture = self.picture()
+        if picture is not None:
+            picture.save(folder / PICTURES)
+        card = model_card(
+            self.config, self.config.model, len(self.data.samples), picture is not None
+        )
+        (folder / "README.md").write_text(card, "utf-8")
 
     def picture(self) -> Image | None:
         """The prompts drawn without the adapter and with it, side by side; None without prompts."""
@@ -325,9 +336,10 @@ def _levels_of(pipe: Any, zero_terminal: bool) -> tuple[str, Schedule]:
 
 
 @torch.no_grad()
-def _begin_from(parameters: Any, place: Path) -> None:
+def _begin_from(adapter: Adapter, place: Path) -> None:
     """Start from the values in a LoRA file; raises UserError where it is one of another shape."""
-    found = files.load(place).tensors
+    parameters, loaded = adapter.parameters, files.load(place)
+    found = loaded.tensors
     shapes = {name: tuple(value.shape) for name, value in found.items()}
     wanted = {name: tuple(value.shape) for name, value in parameters.items()}
     if shapes != wanted:
@@ -335,6 +347,11 @@ def _begin_from(parameters: Any, place: Path) -> None:
         raise UserError(
             f"begin_from: {place} is an adapter of another shape than lora.* asks for "
             f"({len(odd)} differences, as {odd[0][0]})"
+        )
+    if dict(loaded.layouts) != dict(adapter.layouts):
+        raise UserError(
+            f"begin_from: {place} has another alpha, dora or rslora than lora.* asks for; the same "
+            "numbers would count for more or less"
         )
     for name, parameter in parameters.items():
         parameter.copy_(found[name])

@@ -8,6 +8,7 @@ not yet begun to wait for its gradients.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 
 import torch
@@ -23,7 +24,9 @@ def launched() -> PartialState:
     accelerate itself heeds ACCELERATE_USE_CPU only where it is told so; without, processes that
     have no GPU would each believe that they are alone.
     """
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    without = several and not torch.accelerator.is_available()
+    return PartialState(cpu=without or parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 class Ranks:

@@ -21,6 +21,9 @@ from ldm_pipeline.training.config import OptimiserSettings
 
 MOST_MEASURES = 16
 
+NOT_STATE = ("params", "param_names", "lr", "weight_decay", "betas", "eps")
+"""What of a group of parameters the configuration says, whatever a checkpoint was made with."""
+
 
 def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:
     """The rate of update `step` (from 0): linear warm-up, constant, linear cool-down to zero."""
@@ -80,7 +83,7 @@ def optimiser_state(
             else:
                 others["parameters"][f"{name}|{key}"] = value
     for group in optimiser.param_groups:
-        plain = {k: v for k, v in group.items() if k not in ("params", "param_names")}
+        plain = {k: v for k, v in group.items() if k not in NOT_STATE}
         others["groups"].append(
             {k: v.item() if isinstance(v, Tensor) else v for k, v in plain.items()}
         )
@@ -162,12 +165,12 @@ class Guard:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._first_bad = torch.full((), -1.0, dtype=torch.float64, device=device)
+        self._first_bad = torch.full((), -1, device=device)
 
     def watch(self, step: int, finite: Tensor) -> None:
         """Note `step` if it is not finite and none was noted before."""
         first = (self._first_bad < 0) & ~finite
-        self._first_bad = torch.where(first, float(step), self._first_bad)
+        self._first_bad = torch.where(first, step, self._first_bad)
 
     @property
     def closed(self) -> Tensor:

@@ -106,12 +106,14 @@ def test_a_kill_while_a_shard_is_written_leaves_none(
         with pytest.raises(KeyboardInterrupt):
             filled(tmp_path, Encoder())
     assert shards(tmp_path) == []
-    (leftover,) = tmp_path.iterdir()
-    os.utime(leftover, (0, 0))
+    leftovers = list(tmp_path.iterdir())
+    assert leftovers
+    for leftover in leftovers:
+        os.utime(leftover, (0, 0))
     encoder = Encoder()
     assert_right(filled(tmp_path, encoder))
     assert encoder.asked == list(range(10))
-    assert not leftover.exists()
+    assert not any(leftover.exists() for leftover in leftovers)
 
 
 def test_only_what_is_new_is_encoded(tmp_path: Path) -> None:

@@ -76,6 +76,19 @@ def run(monkeypatch: pytest.MonkeyPatch, build: type[nn.Module], *told: str) -> 
     launch(TrainingConfig, build)
 
 
+def test_a_run_whose_folder_is_a_file_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "taken").write_text("mine")
+    for out in ("taken", "taken/below"):
+        monkeypatch.setattr(sys, "argv", ["train_clip.py", "--run.out", str(tmp_path / out)])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(TRAIN / "train_clip.py"), run_name="__main__")
+        assert ended.value.code == 2
+        assert "is a file; choose another folder" in capsys.readouterr().err
+    assert (tmp_path / "taken").read_text() == "mine"
+
+
 def test_the_end_says_where_the_model_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
@@ -252,6 +253,23 @@ def test_the_adapter_alone_is_trained(folder: Path, opened: Counted, text_encode
     assert objective.validate() != before
 
 
+class Half(LoraObjective):
+    """Whose base is in bfloat16, as on a GPU."""
+
+    def _dtype(self) -> torch.dtype:
+        return torch.bfloat16
+
+
+def test_a_base_in_half_precision_trains_and_is_validated(folder: Path, opened: Counted) -> None:
+    config = config_of(folder, run={"mixed_precision": "bf16"})
+    objective = Half(config, opened)
+    assert objective.unet.dtype == torch.bfloat16
+    fit(objective, config)
+    assert all(p.dtype == torch.float32 for p in objective.adapter.parameters.values())
+    scores = objective.validate()
+    assert 0 < scores["loss"] < 10
+
+
 def test_zero_terminal_snr_is_for_v_prediction(folder: Path, opened: Counted) -> None:
     config = config_of(folder, loss={"zero_terminal_snr": True})
     with pytest.raises(UserError, match="needs a v-prediction model"):
@@ -286,6 +304,9 @@ def test_stock_diffusers_draws_what_was_trained(folder: Path, opened: Counted, t
     again = LoraObjective(config.model_copy(update={"begin_from": final}), opened)
     for name, value in objective.adapter.parameters.items():
         assert torch.equal(value, again.adapter.parameters[name]), name
+    louder = config_of(folder, lora={"alpha": 32.0}).model_copy(update={"begin_from": final})
+    with pytest.raises(UserError, match="another alpha"):
+        LoraObjective(louder, opened)
     wider = config_of(folder, lora={"rank": 8}).model_copy(update={"begin_from": final})
     with pytest.raises(UserError, match="another shape"):
         LoraObjective(wider, opened)
@@ -389,6 +410,12 @@ def test_pictures_show_the_prompts_without_and_with_the_adapter(
     assert not np.array_equal(before[cell, half:], last[cell, half:])
     for kept in ("best", "final"):
         assert (out / kept / "pytorch_lora_weights.safetensors").is_file()
+        assert (out / kept / "pictures.png").is_file()
+        card = (out / kept / "README.md").read_text("utf-8")
+        assert card.startswith("---\nbase_model: bundled\n")
+        assert "![drawn without and with the adapter](pictures.png)" in card
+        resolved = card.partition("```yaml\n")[2].partition("```")[0]
+        assert LoraConfig.model_validate(yaml.safe_load(resolved)) == config
     assert opened.calls["text_encoder"] == asked
     assert objective._pipe is not None
     base = objective._pipe(

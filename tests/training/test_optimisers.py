@@ -5,11 +5,13 @@ from __future__ import annotations
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.training import checkpoint
@@ -71,6 +73,39 @@ def test_what_is_not_finite_stops_before_the_update(tmp_path: Path, kind: str) -
     with pytest.raises(FloatingPointError, match=r"step 3: .*sample 13"):
         fit(toy, config)
     assert all(torch.isfinite(p).all() for p in toy.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [({"kind": "adafactor"}, "kind=adamw"), ({"seed": 4}, "seed=3")]
+)
+def test_another_kind_or_seed_is_no_resume(
+    tmp_path: Path, change: dict[str, Any], named: str
+) -> None:
+    config = told(tmp_path, "adamw")
+    fit(Toy(config), config)
+    section = "run" if "seed" in change else "optimiser"
+    fields = {**getattr(config, section).model_dump(), **change}
+    other = type(config).model_validate({**config.model_dump(), section: fields})
+    with pytest.raises(UserError, match=f"was begun with {named}"):
+        fit(Toy(other), other)
+
+
+def test_what_the_configuration_says_holds_after_a_resume(tmp_path: Path) -> None:
+    config = told(tmp_path, "adamw")
+    fit(Toy(config), config)
+    fields = {**config.optimiser.model_dump(), "weight_decay": 0.5, "betas": (0.5, 0.6)}
+    run = {**config.run.model_dump(), "steps": 7}
+    other = type(config).model_validate({"run": run, "optimiser": fields})
+    seen: list[tuple[float, tuple[float, float]]] = []
+
+    def note(optimiser: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+        first = optimiser.param_groups[0]
+        seen.append((first["weight_decay"], first["betas"]))
+
+    handle = register_optimizer_step_pre_hook(note)
+    fit(Toy(other), other)
+    handle.remove()
+    assert seen == [(0.5, (0.5, 0.6))]
 
 
 def test_schedule_free_gives_away_its_average(tmp_path: Path) -> None:

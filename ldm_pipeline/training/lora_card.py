@@ -1,0 +1,41 @@
+"""The model card of a LoRA: what it was trained on and how, and how to use it."""
+
+from __future__ import annotations
+
+import yaml
+
+from ldm_pipeline.lora.files import FILE_NAME
+from ldm_pipeline.training.config import TrainingConfig
+
+PICTURES = "pictures.png"
+
+
+def model_card(config: TrainingConfig, base: str, samples: int, pictures: bool) -> str:
+    """The card's Markdown: `samples` pictures taught it, `pictures` says whether some are shown."""
+    resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    shown = f"![drawn without and with the adapter]({PICTURES})\n\n" if pictures else ""
+    return CARD.format(
+        base=base, name=FILE_NAME, samples=samples, steps=config.run.steps,
+        batch=config.run.batch_size, shown=shown, config=resolved,
+    )  # fmt: skip
+
+
+CARD = """---
+base_model: {base}
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [lora, text-to-image, diffusers]
+---
+# A LoRA for {base}
+
+{shown}Trained on {samples} captioned pictures: {steps} updates of {batch} samples each.
+
+    ldm generate "…" --model {base} --lora {name}
+
+or, in stock diffusers, `pipeline.load_lora_weights("{name}")`.
+
+## Configuration
+
+```yaml
+{config}```
+"""
