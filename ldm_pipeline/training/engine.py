@@ -1,13 +1,14 @@
 """The one training loop: any objective, on as many processes as accelerate launches.
 
 An objective is a module whose forward turns a batch into losses; the engine does the rest: batches
-in the background, precision, accumulation over pieces, clipping, AdamW, the moving average of the
+in the background, precision, accumulation over pieces, clipping, updates, the moving average of the
 weights, logs, validation, checkpoints, resume and the end of the run.
 
 Nothing here remembers where it was but the step. The batch of step k, its noise and the learning
 rate are functions of (seed, k), so a run that was killed and started again by the same command goes
-through the same updates, bit for bit on a CPU, and N processes share one global batch. Nothing
-waits for the device either, but where something is logged, measured or saved.
+through the same updates, bit for bit on a CPU, and N processes share one global batch. With AdamW
+nothing waits for the device either, but where something is logged, measured or saved; other
+optimisers cannot leave a step out by themselves, and wait once a step to see that it is finite.
 """
 
 from __future__ import annotations

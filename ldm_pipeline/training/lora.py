@@ -98,7 +98,7 @@ class LossSettings(Settings):
 
     weighting: Literal["none", "min_snr", "debiased"] = "none"
     gamma: PositiveFloat = Field(default=5.0, description="where min_snr stops to grow")
-    huber: PositiveFloat | None = Field(default=None, description="pseudo-Huber below d² from here")
+    huber: PositiveFloat | None = Field(default=None, description="larger errors count by amount")
     offset_noise: NonNegativeFloat = 0.0
     pyramid_noise: NonNegativeFloat = 0.0
     zero_terminal_snr: bool = Field(default=False, description="for v-prediction models")
