@@ -1,7 +1,8 @@
 """The `ldm` command: reads the arguments, calls one module of `commands/`, words the errors.
 
-Exit codes: 0 done, 2 a mistake in the arguments (one line on stderr), 130 interrupted. Only the
-standard library is imported here, and a command's own module only when that command is asked
+Exit codes: 0 done, 1 done and what was looked at is wrong (`ldm dataset check` says what), 2 a
+mistake in the arguments (one line on stderr), 130 interrupted, 141 nobody reads the output. Only
+the standard library is imported here, and a command's own module only when that command is asked
 for, so that help and refusals answer at once.
 """
 

@@ -15,6 +15,8 @@ from typing import Any, Self
 import torch
 from diffusers import DiffusionPipeline
 from diffusers import __version__ as diffusers_version
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import OfflineModeIsEnabled
 from packaging import version
 
 from ldm_pipeline.errors import UserError
@@ -87,7 +89,7 @@ class FolderPipeline(DiffusionPipeline):
             if not folder.is_dir():
                 hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
                 hub |= {"local_files_only": local_files_only, "variant": variant}
-                folder = Path(cls.download(str(source), use_safetensors=True, **hub, **given))
+                folder = _fetched(cls, str(source), **hub, **given)
             folders.check(folder, cls._get_signature_types(), given)
             pipeline: Self = super().from_pretrained(
                 str(folder),
@@ -111,6 +113,24 @@ class FolderPipeline(DiffusionPipeline):
         contents = json.loads(super().to_json_string())
         contents["_class_name"] = self._saved_class_name
         return json.dumps(contents, indent=2, sort_keys=True) + "\n"
+
+
+def _fetched(cls: type[FolderPipeline], hub_id: str, **told: Any) -> Path:
+    """The folder of a hub model, downloaded or in the cache; `UserError` where there is no way."""
+    loudness = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_error()  # what it warns of is in our one line
+    try:
+        return Path(cls.download(hub_id, use_safetensors=True, **told))
+    except (OSError, ValueError) as error:
+        root = error.__cause__ or error
+        offline = told["local_files_only"] or isinstance(root, OfflineModeIsEnabled)
+        why = "offline, and not in the cache" if offline else str(root).strip().partition("\n")[0]
+        raise UserError(
+            f"there is no model folder {hub_id}, and as a hub id it could not be fetched ({why}); "
+            "name a folder in Diffusers layout, or a model of the hub as owner/name"
+        ) from error
+    finally:
+        diffusers_logging.set_verbosity(loudness)
 
 
 def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:

@@ -4,6 +4,7 @@ The components are random but of the real classes, so that everything that a ful
 through is gone through here, in milliseconds.
 
     tiny        a function that builds the components of one pipeline, by keyword
+    tiny_xl     the same for SDXL's
     ours, stock pipelines over the same tiny components
 """
 
@@ -47,10 +48,10 @@ def tiny_tokenizer() -> Any:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
 
-def tiny_text_encoder(vocabulary_size: int) -> Any:
-    """A three-layer CLIP text encoder of 32 channels."""
+def tiny_text_encoder(vocabulary_size: int, projection: int | None = None) -> Any:
+    """A three-layer CLIP text encoder of 32 channels, with a projection if it has a width."""
     import torch
-    from transformers import CLIPTextConfig, CLIPTextModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
     torch.manual_seed(0)
     config = CLIPTextConfig(
@@ -63,11 +64,12 @@ def tiny_text_encoder(vocabulary_size: int) -> Any:
         bos_token_id=vocabulary_size - 2,
         eos_token_id=vocabulary_size - 1,
         pad_token_id=vocabulary_size - 1,
+        **({} if projection is None else {"projection_dim": projection}),
     )
-    return CLIPTextModel(config).eval()
+    return (CLIPTextModel if projection is None else CLIPTextModelWithProjection)(config).eval()
 
 
-def tiny_unet(time_cond_proj_dim: int | None = None, sample_size: int = 16) -> Any:
+def tiny_unet(time_cond_proj_dim: int | None = None, sample_size: int = 16, **settings: Any) -> Any:
     """A two-level cross-attention UNet of 32 and 64 channels."""
     import torch
     from diffusers import UNet2DConditionModel
@@ -82,9 +84,9 @@ def tiny_unet(time_cond_proj_dim: int | None = None, sample_size: int = 16) -> A
         block_out_channels=(8, 16),
         norm_num_groups=4,
         layers_per_block=1,
-        cross_attention_dim=32,
         attention_head_dim=2,
         time_cond_proj_dim=time_cond_proj_dim,
+        **{"cross_attention_dim": 32, **settings},
     ).eval()
 
 
@@ -136,10 +138,40 @@ def build(*, time_cond_proj_dim: int | None = None, scheduler: Any = None) -> Co
     }
 
 
+def build_xl() -> Components:
+    """The components of one tiny pipeline of SDXL's shape: its two text encoders differ, and so do
+    their tokenizers, of which the second pads with another token."""
+    tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer()
+    tokenizer_2.pad_token = "!"
+    text_encoder_2 = tiny_text_encoder(len(tokenizer), projection=24)
+    for parameter in text_encoder_2.parameters():
+        parameter.data.mul_(1.25)
+    return {
+        "vae": tiny_vae(),
+        "text_encoder": tiny_text_encoder(len(tokenizer)),
+        "text_encoder_2": text_encoder_2,
+        "tokenizer": tokenizer,
+        "tokenizer_2": tokenizer_2,
+        "unet": tiny_unet(
+            cross_attention_dim=64,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=24 + 6 * 8,
+        ),
+        "scheduler": tiny_scheduler(),
+    }
+
+
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Components]:
     """Builds fresh tiny components: tiny(time_cond_proj_dim=None, scheduler=None)."""
     return build
+
+
+@pytest.fixture(scope="session")
+def tiny_xl() -> Callable[[], Components]:
+    """Builds fresh tiny components of SDXL's shape."""
+    return build_xl
 
 
 @pytest.fixture(scope="session")

@@ -164,8 +164,9 @@ def test_code_in_a_folder_is_refused(saved: Path) -> None:
 def test_wrong_folders(saved: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"has no model_index\.json"):
         LatentDiffusionPipeline.from_pretrained(tmp_path)
-    with pytest.raises(UserError, match="cannot be loaded"):
-        ldm_pipeline.load("nobody/no-such-model")
+    for name in ("nobody/no-such-model", "nosuchfolder", "no such/folder"):
+        with pytest.raises(UserError, match=f"^there is no model folder {name}, and as a hub id"):
+            ldm_pipeline.load(name)
     index = saved / "model_index.json"
     contents = json.loads(index.read_text())
     index.write_text(json.dumps({**contents, "text_encoder_2": ["transformers", "CLIPTextModel"]}))

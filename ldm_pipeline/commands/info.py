@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +12,9 @@ from typing import Any
 from ldm_pipeline.commands.sources import BUNDLED, cached, find
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import folders
+from ldm_pipeline.models.headers import read_header
 
 PURPOSE = "list a model's components, parameters, sizes and licence"
-
-LARGEST_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors format."""
 
 
 @dataclass(frozen=True)
@@ -109,20 +105,9 @@ def read_weights(files: Iterable[Path]) -> Weights:
 
     Raises `UserError` for a file that is damaged or is something else.
     """
-    parameters, dtypes = 0, set()
-    for file in files:
-        try:
-            with file.open("rb") as stream:
-                (length,) = struct.unpack("<Q", stream.read(8))
-                if length > min(LARGEST_HEADER, file.stat().st_size):
-                    raise ValueError("its header is longer than the file")
-                header = json.loads(stream.read(length))
-            tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-            parameters += sum(math.prod(tensor["shape"]) for tensor in tensors)
-            dtypes |= {str(tensor["dtype"]) for tensor in tensors}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-            raise UserError(f"{file} is no intact safetensors file: {error}") from error
-    return Weights(parameters, frozenset(dtypes))
+    headers = [read_header(file) for file in files]
+    parameters = sum(math.prod(shape) for header in headers for shape in header.shapes.values())
+    return Weights(parameters, frozenset(d for header in headers for d in header.dtypes.values()))
 
 
 def read_licence(folder: Path) -> str:

@@ -49,7 +49,10 @@ def find(name: str) -> Source:
     if folder.exists():
         raise UserError(f"{name} is a file; --model takes a folder in Diffusers layout or a hub id")
     if not HUB_ID.fullmatch(name) or folder.parent.is_dir():
-        raise UserError(f"there is no model folder {name}")
+        raise UserError(
+            f"there is no model folder {name}, and a hub id is written owner/name; --model takes "
+            "a folder in Diffusers layout, a hub id or bundled"
+        )
     if _offline() and cached(name) is None:
         raise UserError(
             f"{name} is no folder here, and as a hub id it is not in the cache: "

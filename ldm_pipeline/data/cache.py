@@ -12,7 +12,8 @@ Legend
 
 A shard appears whole or not at all, under a name of its own: an interrupted run goes on with what
 is missing, and two writers at once only do some work twice. Whatever is damaged is named and made
-again; what is whole beside it is kept.
+again; what is whole beside it is kept. Processes that share the folder share the work; those that
+do not each do all of it.
 """
 
 from __future__ import annotations
@@ -35,6 +36,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ldm_pipeline.data.writing import writing
+
 log = logging.getLogger(__name__)
 
 MOST_ENTRIES = 1024
@@ -48,11 +51,14 @@ Encode = Callable[[Sequence[int]], Sequence[Entry | None]]
 
 @dataclass(frozen=True)
 class Share:
-    """Which of several processes this one is, and how it waits for the others."""
+    """Which of several processes this one is, and how they tell each other a text.
+
+    `told` waits for all; it returns what each said, in their order, without empty texts.
+    """
 
     rank: int = 0
     processes: int = 1
-    wait: Callable[[], None] = lambda: None
+    told: Callable[[str], list[str]] = lambda text: [text] if text else []
 
 
 ALONE = Share()
@@ -89,10 +95,9 @@ class Cache:
         return _entry(self._shards[shard], key, parts)
 
     def add(self, entries: Mapping[str, Entry]) -> None:
-        """Write the entries as one shard."""
+        """Write the entries as one shard; raises `NotWritten` where the disk takes none."""
         if not entries:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
         tensors = {
             f"{key}/{part}": tensor.detach().cpu().contiguous()
             for key, entry in entries.items()
@@ -100,9 +105,11 @@ class Cache:
         }
         sums = {name: _sum(tensor) for name, tensor in tensors.items()}
         name = uuid.uuid4().hex
-        unfinished = self.folder / f".{name}.unfinished"
-        save_file(tensors, unfinished, metadata={SUMS: json.dumps(sums)})
-        unfinished.replace(self.folder / f"{name}.safetensors")
+        path, unfinished = self.folder / f"{name}.safetensors", self.folder / f".{name}.unfinished"
+        with writing(path, unfinished):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, unfinished, metadata={SUMS: json.dumps(sums)})
+            unfinished.replace(path)
         self.refresh()
 
     def refresh(self) -> None:
@@ -147,12 +154,44 @@ def fill(
     """Add the entries of `keys` that are missing; `encode` gives those of some indices of `keys`,
     None where there is none to be had.
 
-    Several processes each encode their `share`, and all read the whole. Stopped at any moment, the
-    same call goes on from there.
+    Processes that miss the same entries have one folder: each encodes a part, and all read the
+    whole. What is then still missing is in a folder that this process does not see. Stopped at any
+    moment, the same call goes on from there.
     """
-    first = {key: index for index, key in reversed(list(enumerate(keys)))}
-    mine = sorted(first.values())[share.rank :: share.processes]
-    own = [index for index in mine if keys[index] not in cache]
+    first: dict[str, int] = {}
+    for index, key in enumerate(keys):
+        first.setdefault(key, index)
+    failed: set[str] = set()
+    again = False
+    while True:
+        missing = [key for key in first if key not in cache and key not in failed]
+        told = share.told(_digest(missing))
+        if set(told) == {_digest([])}:
+            return
+        if again and missing:
+            log.warning("%s is not shared by all processes: each encodes for itself", cache.folder)
+        alike = [rank for rank, digest in enumerate(told) if digest == told[share.rank]]
+        own = missing[alike.index(share.rank) :: len(alike)]
+        _encode(cache, keys, [first[key] for key in own], encode, batch_size, what)
+        bad = "\n".join(key for key in own if key not in cache)
+        failed |= {key for answer in share.told(bad) for key in answer.split("\n")}
+        cache.refresh()
+        again = True
+
+
+def _digest(keys: Sequence[str]) -> str:
+    return hashlib.sha256("\n".join(keys).encode()).hexdigest()
+
+
+def _encode(
+    cache: Cache,
+    keys: Sequence[str],
+    own: Sequence[int],
+    encode: Encode,
+    batch_size: int,
+    what: str,
+) -> None:
+    """Add the entries of the keys at `own`, so far as there are any to be had."""
     pending: dict[str, Entry] = {}
     began = time.monotonic()
     try:
@@ -168,8 +207,6 @@ def fill(
                     pending, began = {}, time.monotonic()
     finally:
         cache.add(pending)
-    share.wait()
-    cache.refresh()
 
 
 def _entry(shard: Any, key: str, parts: Sequence[str]) -> Entry:

@@ -26,6 +26,7 @@ from ldm_pipeline.data.shards import list_shard
 from ldm_pipeline.data.sources import (
     BadDataset,
     BadPicture,
+    InMemory,
     Listing,
     Missing,
     Source,
@@ -121,6 +122,14 @@ def read_dataset(
         )
         for item in items[:limit]
     ]
+
+
+def in_memory(item: Item) -> Item:
+    """The item with the bytes that its files hold now; raises `BadPicture` where one has none."""
+    picture = InMemory(item.picture.name, item.picture.read())
+    if item.mask is None or item.mask == ALPHA:
+        return replace(item, picture=picture)
+    return replace(item, picture=picture, mask=InMemory(item.mask.name, item.mask.read()))
 
 
 def load(item: Item) -> Picture:

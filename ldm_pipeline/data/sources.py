@@ -58,6 +58,18 @@ class FileBytes:
 
 
 @dataclass(frozen=True)
+class InMemory:
+    """Bytes that were read, under the name of where they were."""
+
+    name: str
+    data: bytes
+
+    def read(self) -> bytes:
+        """The bytes."""
+        return self.data
+
+
+@dataclass(frozen=True)
 class Missing:
     """A file that the dataset names but does not hold; reading it says so."""
 

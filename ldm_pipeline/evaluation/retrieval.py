@@ -27,7 +27,7 @@ def caption_accuracy(folder: Path, pictures: int, seed: int) -> Share:
 
     Pictures and captions are of the world's "test" split, which no training saw.
     """
-    model = CLIPModel.from_pretrained(folder / "clip").eval()
+    model = CLIPModel.from_pretrained(folder / "clip", dtype=torch.float32).eval()
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     world = World(seed, "test")
     outcomes = []

@@ -26,14 +26,13 @@ from typing import TYPE_CHECKING, Any
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.targets import COMPONENTS, TEXT_MODEL, Layout, Slot, adaptable
+from ldm_pipeline.models.headers import read_header
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 METADATA = "lora_adapter_metadata"
-LARGEST_HEADER = 100_000_000
-"""Bytes; the limit of the safetensors format."""
 
 LORA_A, LORA_B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 SPELLINGS = {
@@ -124,7 +123,8 @@ def inspect(path: str | os.PathLike[str]) -> Header:
     than a LoRA in diffusers' layout, or its header asks for changes to the model's own weights.
     """
     file = locate(path)
-    entries, texts = _read_header(file)
+    found = read_header(file)
+    entries = found.shapes
     strange = [key for key in entries if parse(key) is None]
     if strange or not entries:
         example = f", as {strange[0]!r}" if strange else ""
@@ -134,7 +134,7 @@ def inspect(path: str | os.PathLike[str]) -> Header:
         )
     if len({parse(key) for key in entries}) < len(entries):
         raise UserError(f"{file} holds some of its tensors twice, in two spellings")
-    header = Header(file, entries, _metadata(file, texts))
+    header = Header(file, entries, _metadata(file, found.texts))
     for component, fields in header.metadata.items():
         start = fields.get("init_lora_weights")
         if start not in HARMLESS_STARTS:
@@ -295,26 +295,6 @@ def _write_whole(file: Path, contents: bytes) -> None:
 
 
 # What lies in a header --------------------------------------------------------------------------
-
-
-def _read_header(file: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
-    """The shapes by key and the texts of a safetensors header; `UserError` for other files."""
-    try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > min(LARGEST_HEADER, size - 8):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-        texts = header.pop("__metadata__", {})
-        end = max((entry["data_offsets"][1] for entry in header.values()), default=0)
-        if 8 + length + end != size:
-            raise ValueError(f"it should have {8 + length + end} bytes and has {size}")
-        return {key: tuple(entry["shape"]) for key, entry in header.items()}, dict(texts)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
-        raise UserError(
-            f"{file} is no whole safetensors file, and no other files are opened: {error}"
-        ) from error
 
 
 def _metadata(file: Path, texts: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

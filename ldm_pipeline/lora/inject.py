@@ -11,7 +11,7 @@ Legend
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -64,19 +64,26 @@ class Adapter:
         return LoraWeights(tensors, self.layouts)
 
 
-def inject(models: Mapping[str, nn.Module], settings: LoraSettings, *, seed: int) -> Adapter:
+def inject(
+    models: Mapping[str, nn.Module],
+    settings: LoraSettings,
+    *,
+    seed: int,
+    unread: Sequence[str] = (),
+) -> Adapter:
     """Put a new LoRA into `models` (by component: unet, text_encoder, text_encoder_2).
 
     It changes nothing yet: B is zero. A is drawn from `seed` alone; torch's own generator is
-    left as it was. Every other parameter of `models` is frozen. Raises `UserError`, before
-    anything is changed, where `settings` do not fit the models or adapters are already in one.
+    left as it was. Every other parameter of `models` is frozen. `unread` are patterns of modules
+    that are left alone, see `resolve`. Raises `UserError`, before anything is changed, where
+    `settings` do not fit the models or adapters are already in one.
     """
     for component, model in models.items():
         if has_adapters(model):
             raise UserError(
                 f"the {component} already has an adapter; take it out first (unload_lora_weights)"
             )
-    layouts = resolve(models, settings)
+    layouts = resolve(models, settings, unread)
     was_trainable = {
         component: frozenset(n for n, p in model.named_parameters() if p.requires_grad)
         for component, model in models.items()

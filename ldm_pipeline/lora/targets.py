@@ -151,15 +151,20 @@ def matches(pattern: str, name: str) -> bool:
     return fnmatchcase(f".{name}.", f"*.{pattern}.*")
 
 
-def resolve(models: Mapping[str, nn.Module], settings: LoraSettings) -> dict[str, Layout]:
+def resolve(
+    models: Mapping[str, nn.Module], settings: LoraSettings, unread: Sequence[str] = ()
+) -> dict[str, Layout]:
     """The layout of each of `models` (by component) that `settings` describe.
 
+    Modules that a pattern of `unread` matches are left out: nobody uses what they answer, so they
+    could learn nothing.
     Raises `UserError` for a pattern that matches nothing, with the nearest names, and for a
     component in which nothing is to be adapted.
     """
     for component in models:
         choose("component", component, COMPONENTS)
-    names = [f"{component}.{name}" for component in models for name in adaptable(models[component])]
+    every = (f"{component}.{name}" for component in models for name in adaptable(models[component]))
+    names = [name for name in every if not any(matches(pattern, name) for pattern in unread)]
     if isinstance(settings.targets, str):
         patterns: Sequence[str] = SETS[settings.targets]
     else:

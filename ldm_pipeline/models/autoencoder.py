@@ -2,8 +2,8 @@
 
 Legend
     images   [B, 3, H, W] in [-1, 1]
-    z        latents [B, C, H/f, W/f], scaled by the autoencoder's `scaling_factor` so that their
-             spread is about 1
+    z        latents [B, C, H/f, W/f], shifted and scaled as the autoencoder's configuration says,
+             so that their spread is about 1
     mean, std   of the encoder's Gaussian over z; a sample is mean + std n
 """
 
@@ -19,8 +19,9 @@ from torch import Tensor
 def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, std) of the latents of `images`, each [B, C, H/f, W/f], scaled."""
     gaussian = vae.encode(images).latent_dist
-    scale = vae.config.scaling_factor
-    return gaussian.mean * scale, gaussian.std * scale
+    middle, spread = _units(vae, images)
+    scale = vae.config.scaling_factor / spread
+    return (gaussian.mean - middle) * scale, gaussian.std * scale
 
 
 def decode(
@@ -32,10 +33,24 @@ def decode(
 
     `generator` reaches decoders that draw noise; the ordinary one ignores it.
     """
-    pictures: Tensor = vae.decode(
-        z / vae.config.scaling_factor, return_dict=False, generator=generator
-    )[0]
+    middle, spread = _units(vae, z)
+    raw = z * spread / vae.config.scaling_factor + middle
+    pictures: Tensor = vae.decode(raw, return_dict=False, generator=generator)[0]
     return pictures
+
+
+def _units(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+    """What one subtracts from raw latents and divides them by, besides the `scaling_factor`.
+
+    0 and 1 for most; some SDXL autoencoders have `latents_mean` and `latents_std` of each channel,
+    others a `shift_factor`.
+    """
+    config = vae.config
+    mean, std = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is None or std is None:
+        return getattr(config, "shift_factor", None) or 0.0, 1.0
+    middle, spread = (like.new_tensor(each)[None, :, None, None] for each in (mean, std))
+    return middle, spread
 
 
 def downscale(vae: AutoencoderKL | None) -> int:

@@ -87,14 +87,18 @@ def encode(
     tokens = tokenise(tokenizer, texts, length=length, convert=convert, warn=warn)
     device = device if device is not None else text_encoder.device
     ids = tokens.input_ids.to(device)
-    masked = getattr(text_encoder.config, "use_attention_mask", False)
-    mask = tokens.attention_mask.to(device) if masked else None
+    mask = tokens.attention_mask.to(device) if reads_mask(text_encoder) else None
     if clip_skip is None:
         return text_encoder(ids, attention_mask=mask)[0]
     states = text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
     # transformers moved the norm from `text_model` to the model itself in its fifth version.
     body = getattr(text_encoder, "text_model", text_encoder)
     return body.final_layer_norm(states[-(clip_skip + 1)])
+
+
+def reads_mask(text_encoder: CLIPTextModel) -> bool:
+    """Whether a Stable Diffusion model's encoder is told which tokens are padding."""
+    return bool(getattr(text_encoder.config, "use_attention_mask", False))
 
 
 def check_clip_skip(text_encoder: CLIPTextModel, clip_skip: int | None) -> None:

@@ -1,6 +1,6 @@
 """Captioned pictures as a LoRA training reads them: looked at, encoded once, in a fixed order.
 
-Each picture goes once through the autoencoder and each wording once through the text encoder; the
+Each picture goes once through the autoencoder, each wording once through the text encoders; the
 answers are kept in caches whose keys hold everything that decides them, so that editing a picture
 or changing the model encodes anew exactly what changed. Training itself then calls neither.
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from pydantic import Field, model_validator
-from transformers import CLIPTextModel, CLIPTokenizer
 
 from ldm_pipeline.data import captioned, wording
 from ldm_pipeline.data.buckets import CENTRE, Buckets, Transform, aspect_buckets, crop_at, one_size
@@ -34,7 +34,8 @@ from ldm_pipeline.data.decoding import read_size
 from ldm_pipeline.data.order import epoch_order
 from ldm_pipeline.data.sources import BadPicture
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.models import autoencoder, text
+from ldm_pipeline.models import autoencoder
+from ldm_pipeline.models.conditioning import Conditioning
 from ldm_pipeline.training.config import (
     Fraction,
     NonNegative,
@@ -43,6 +44,7 @@ from ldm_pipeline.training.config import (
     Positive,
     Settings,
 )
+from ldm_pipeline.training.ranks import launched
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +85,9 @@ class CaptionedSettings(Settings):
     strict: bool = Field(default=False, description="stop at a bad picture, not leave it out")
     regularisation: str | None = Field(default=None, description="pictures to keep knowing")
     regularisation_weight: NonNegativeFloat = 1.0
+    stream: bool = Field(default=False, description="copy a table's rows, not download it whole")
     held_out: Part = Field(default=0.0, description="share kept for validation alone")
+    measured: Positive = Field(default=8, description="at most so many of held_out each time")
     cache: Path = Path("cache")
     captions: CaptionSettings = CaptionSettings()
 
@@ -125,17 +129,34 @@ class Captioned:
             self.kept = self._looked_at(settings.regularisation, regularisation=True)
         self._order = lru_cache(maxsize=2)(self._order_of)
 
+    @property
+    def measured(self) -> list[Sample]:
+        """Those of the held-out samples that validations look at, always the same ones."""
+        order = np.random.default_rng([self.seed, 10]).permutation(len(self.held_out))
+        return [self.held_out[i] for i in order[: self.settings.measured]]
+
     def every(self) -> list[Sample]:
         """All samples, those of validation and regularisation too."""
         return [*self.samples, *self.held_out, *self.kept]
 
+    @property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The sizes (width, height) that pictures of a step can have."""
+        return sorted({sample.transform.bucket for sample in [*self.samples, *self.kept]})
+
     def leave_out(self, keys: set[str]) -> None:
-        """Go on without the samples of these keys, which could not be encoded."""
+        """Go on without the samples of these keys, which could not be encoded, and count them."""
+        every = [sample.key for sample in self.every()]
+        bad = sum(key in keys for key in every)
+        if bad:
+            log.warning("%d of %d pictures could not be encoded and are left out", bad, len(every))
         self.samples = [s for s in self.samples if s.key not in keys]
         self.held_out = [s for s in self.held_out if s.key not in keys]
         self.kept = [s for s in self.kept if s.key not in keys]
-        if not self.samples:
-            raise UserError(f"{self.settings.source} has no picture that can be trained on")
+        sources = {self.settings.source: self.samples, self.settings.regularisation: self.kept}
+        for source, left in sources.items():
+            if source is not None and not left:
+                raise UserError(f"{source} has no picture that can be trained on")
         self._order.cache_clear()
 
     @property
@@ -176,15 +197,18 @@ class Captioned:
     def _looked_at(self, source: str, regularisation: bool) -> list[Sample]:
         """The samples of a source; pictures that cannot be used are named and counted."""
         settings = self.settings
-        items = captioned.read_dataset(
-            source,
-            caption_key=settings.captions.key,
-            default_caption=settings.captions.default,
-            alpha_masks=settings.alpha_masks,
-            regularisation=regularisation,
-            weight=settings.regularisation_weight if regularisation else 1.0,
-            limit=settings.limit,
-        )
+        # One process copies what is streamed; the others find it.
+        with launched().local_main_process_first() if settings.stream else nullcontext():
+            items = captioned.read_dataset(
+                source,
+                caption_key=settings.captions.key,
+                default_caption=settings.captions.default,
+                alpha_masks=settings.alpha_masks,
+                regularisation=regularisation,
+                weight=settings.regularisation_weight if regularisation else 1.0,
+                stream_to=_streamed(settings, source) if settings.stream else None,
+                limit=settings.limit,
+            )
         buckets = settings.buckets()
         samples, bad = [], 0
         for item in items:
@@ -202,20 +226,33 @@ class Captioned:
         return samples
 
 
+def _streamed(settings: CaptionedSettings, source: str) -> Path:
+    """Where the copied rows of a source lie; a local file that has changed is copied anew."""
+    local = [path for path in (Path(source), *Path(source).rglob("*")) if path.is_file()]
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in local]
+    told = repr((source, settings.limit, sorted(facts)))
+    return settings.cache / "rows" / hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
 def _looked_at(item: Item, buckets: Buckets, random_crop: bool, seed: int) -> Sample:
-    data = item.picture.read()
-    size = read_size(data, item.picture.name)
+    read = captioned.in_memory(item)
+    size = read_size(read.picture.read(), item.picture.name)
     transform = buckets.fit(size, crop_at(seed, item.key) if random_crop else CENTRE)
     if transform is None:
         raise BadPicture(
             f"{item.picture.name}: {size[0]}x{size[1]} is too small; set data.upscale or a lower "
             "data.resolution"
         )
-    digest = hashlib.sha256(data)
+    return Sample(item, transform, _key(read, transform))
+
+
+def _key(item: Item, transform: Transform) -> str:
+    """A hash of an item's bytes and of how it is cut."""
+    digest = hashlib.sha256(item.picture.read())
     digest.update(transform.key.encode())
     if item.mask is not None:
         digest.update(b"alpha" if item.mask == captioned.ALPHA else item.mask.read())
-    return Sample(item, transform, digest.hexdigest()[:32])
+    return digest.hexdigest()[:32]
 
 
 # -- encoding --------------------------------------------------------------------------------
@@ -225,8 +262,8 @@ def cached_latents(data: Captioned, vae: AutoencoderKL, share: Share) -> Cache:
     """Mean, std and mask of every sample's latents; samples that fail are left out of `data`.
 
     Pictures are encoded one by one: what else was missing decides no bit of an entry. Raises
-    `UserError` for latents that are not finite: an autoencoder in half precision can overflow, and
-    what it then says must not be kept.
+    `UserError` for latents that are not finite (an autoencoder in half precision can overflow, and
+    what it then says must not be kept), and where processes would train on different samples.
     """
     samples = sorted(data.every(), key=lambda sample: sample.transform.bucket)
     key = key_of(vae.state_dict(), FORMAT, _plain(vae.config), str(vae.dtype))
@@ -237,13 +274,22 @@ def cached_latents(data: Captioned, vae: AutoencoderKL, share: Share) -> Cache:
 
     fill(cache, [sample.key for sample in samples], encode, share, batch_size=1)
     data.leave_out({sample.key for sample in samples if sample.key not in cache})
+    used = repr([(sample.key, sample.item.captions) for sample in data.every()])
+    if len(set(share.told(hashlib.sha256(used.encode()).hexdigest()))) > 1:
+        raise UserError(
+            f"processes see different pictures or captions in data.source={data.settings.source}; "
+            "share that folder, or make its copies the same"
+        )
     return cache
 
 
 @torch.no_grad()
 def _encoded(sample: Sample, vae: AutoencoderKL, strict: bool) -> Entry | None:
     try:
-        picture = captioned.load(sample.item)
+        read = captioned.in_memory(sample.item)
+        if _key(read, sample.transform) != sample.key:
+            raise BadPicture(f"{read.picture.name}: has changed since the run began; start again")
+        picture = captioned.load(read)
     except BadPicture as error:
         if strict:
             raise
@@ -265,23 +311,28 @@ def _encoded(sample: Sample, vae: AutoencoderKL, strict: bool) -> Entry | None:
 
 
 def cached_texts(
-    texts: Sequence[str],
-    folder: Path,
-    tokenizer: CLIPTokenizer,
-    encoder: CLIPTextModel,
-    share: Share,
+    texts: Sequence[str], folder: Path, conditioning: Conditioning, share: Share
 ) -> Cache:
-    """The embeddings [L, C] of every text, under `text_key`."""
-    rules = tokenizer.backend_tokenizer.to_str(), tokenizer.pad_token_id
-    length = tokenizer.model_max_length
-    about = FORMAT, rules, length, _plain(encoder.config.to_dict()), str(encoder.dtype)
-    key = key_of(encoder.state_dict(), about)
+    """What the text encoders say to every text, as the UNet is told it, under `text_key`."""
+    encoders = conditioning.encoders
+    rules = [
+        (each.backend_tokenizer.to_str(), each.pad_token_id, each.model_max_length)
+        for each in conditioning.tokenizers
+    ]
+    made = [(_plain(each.config.to_dict()), str(each.dtype)) for each in encoders.values()]
+    weights = {
+        f"{component}.{name}": value
+        for component, encoder in encoders.items()
+        for name, value in encoder.state_dict().items()
+    }
+    key = key_of(weights, FORMAT, rules, made, conditioning.silent_is_zero)
     cache = Cache(folder / "texts" / key)
 
     @torch.no_grad()
     def encode(indices: Sequence[int]) -> list[Entry]:
-        embeds = text.encode(tokenizer, encoder, [texts[i] for i in indices], warn=False)
-        return [{"embeds": row} for row in embeds.cpu()]
+        told = conditioning.encode(conditioning.tokens([texts[i] for i in indices]))
+        rows = {name: value.cpu() for name, value in told.items()}
+        return [{name: value[i] for name, value in rows.items()} for i in range(len(indices))]
 
     fill(cache, [text_key(t) for t in texts], encode, share, batch_size=32, what="captions")
     return cache

@@ -21,6 +21,8 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ldm_pipeline.data.writing import writing
+
 log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
@@ -31,29 +33,39 @@ UNFINISHED = ".unfinished-"
 def save(
     folder: Path, step: int, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
 ) -> Path:
-    """Write the checkpoint of `step` into `folder` and return its path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    _sweep(folder)
+    """Write the checkpoint of `step` into `folder` and return its path.
+
+    Raises `NotWritten`, with the older ones as they were, where the disk does not take it.
+    """
     name = f"step-{step:08d}"
-    unfinished = folder / f"{UNFINISHED}{name}-{os.getpid()}"
-    unfinished.mkdir()
+    final, unfinished = folder / name, folder / f"{UNFINISHED}{name}-{os.getpid()}"
+    with writing(final, unfinished):
+        folder.mkdir(parents=True, exist_ok=True)
+        _sweep(folder)
+        unfinished.mkdir()
+        _fill(unfinished, parts, {**state, "step": step})
+        if final.exists():
+            shutil.rmtree(final)
+        unfinished.rename(final)
+        _flush(folder)
+    return final
+
+
+def _fill(
+    unfinished: Path, parts: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]
+) -> None:
+    """Write a checkpoint's files into its folder, and wait until they are on the disk."""
     for part, tensors in parts.items():
         save_file(
             {k: v.detach().cpu().contiguous() for k, v in tensors.items()},
             unfinished / f"{part}.safetensors",
         )
-    (unfinished / STATE).write_text(json.dumps({**state, "step": step}, indent=2), "utf-8")
+    (unfinished / STATE).write_text(json.dumps(dict(state), indent=2), "utf-8")
     entries = {file.name: _fingerprint(file) for file in sorted(unfinished.iterdir())}
     (unfinished / MANIFEST).write_text(json.dumps(entries, indent=2), "utf-8")
     for file in unfinished.iterdir():
         _flush(file)
     _flush(unfinished)
-    final = folder / name
-    if final.exists():
-        shutil.rmtree(final)
-    unfinished.rename(final)
-    _flush(folder)
-    return final
 
 
 def newest(folder: Path) -> Path | None:

@@ -95,6 +95,9 @@ class RunSettings(Settings):
     validate_every: Positive = 1000
     save_every: Positive = 500
     keep_checkpoints: Positive = 2
+    log_with: Literal["tensorboard", "wandb", "none"] = Field(
+        default="tensorboard", description="wandb needs the extra: wandb"
+    )
 
 
 def must_divide(name: str, value: int, **multiples: Sequence[int]) -> None:

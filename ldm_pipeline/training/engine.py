@@ -16,27 +16,31 @@ from __future__ import annotations
 import logging
 import math
 import signal
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from multiprocessing import get_all_start_methods
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, send_to_device, set_seed
+from accelerate.utils import send_to_device, set_seed
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from ldm_pipeline.data.writing import NotWritten, in_one_line, write_folder, writing
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.training import checkpoint
+from ldm_pipeline.training.clock import Clock
 from ldm_pipeline.training.config import TrainingConfig, write_yaml
-from ldm_pipeline.training.objective import Batch, Drawing, Naming, Objective
+from ldm_pipeline.training.objective import Batch, Drawing, Objective, named
 from ldm_pipeline.training.ranks import Ranks, launched
+from ldm_pipeline.training.sharding import Shards, sharding
 from ldm_pipeline.training.start import precision
+from ldm_pipeline.training.steps import Steps, seed_of
+from ldm_pipeline.training.tracking import check_tracker, keep_picture, start_tracker
 from ldm_pipeline.training.updates import (
     Gradients,
     Guard,
@@ -56,30 +60,22 @@ class Interrupted(Exception):
     """The run was asked to stop; everything is saved, and the same command goes on."""
 
 
-class _Steps(Dataset[list[Batch]]):
-    """What one process does in each step, piece by piece, so that a loader can prepare ahead.
+def check(config: TrainingConfig) -> None:
+    """Raise UserError where the settings do not fit together, the machine or the processes.
 
-    A step's batch is cut into processes x accumulation pieces; each process takes `accumulation`
-    neighbouring ones.
+    Nothing is built to find out: whoever has data to encode first can ask before.
     """
-
-    def __init__(self, objective: Objective, size: int, ranks: Ranks, accumulation: int) -> None:
-        self.objective, self.size = objective, size
-        self.accumulation = accumulation
-        self.share = size // ranks.count
-        self.piece = self.share // accumulation
-        self.offset = ranks.index * self.share
-
-    def __getitem__(self, step: int) -> list[Batch]:
-        return [self.objective.batch(positions) for positions in self.positions(step)]
-
-    def positions(self, step: int) -> list[range]:
-        """The positions of this process's pieces in `step`."""
-        first = step * self.size + self.offset
-        return [
-            range(start, start + self.piece)
-            for start in range(first, first + self.share, self.piece)
-        ]
+    run, state = config.run, launched()
+    check_tracker(run.log_with)
+    sharding(state)
+    if run.batch_size % (state.num_processes * run.accumulation):
+        raise UserError(
+            f"run.batch_size={run.batch_size} must be a multiple of processes x accumulation, "
+            f"{state.num_processes} x {run.accumulation}"
+        )
+    if run.mixed_precision == "fp16" and state.device.type == "cpu":
+        raise UserError("run.mixed_precision='fp16' needs a GPU; use bf16 or no on a CPU")
+    build_optimiser([nn.Parameter(torch.zeros(1))], config.optimiser)  # is its library there?
 
 
 def fit(objective: nn.Module, config: TrainingConfig) -> Path:
@@ -87,8 +83,8 @@ def fit(objective: nn.Module, config: TrainingConfig) -> Path:
 
     The same call again resumes from the newest whole checkpoint; a finished run only exports.
     Raises UserError for settings that do not fit together or the memory, FloatingPointError for a
-    loss or gradient that is not finite (nothing was updated from there on), and Interrupted after
-    SIGINT or SIGTERM.
+    loss or gradient that is not finite (nothing was updated from there on), NotWritten where the
+    disk takes no more, and Interrupted after SIGINT or SIGTERM.
     """
     run = _Run(objective, config)
     with _stop_on_signals() as stop:
@@ -102,27 +98,15 @@ class _Run:
     def __init__(self, objective: nn.Module, config: TrainingConfig) -> None:
         assert isinstance(objective, Objective)
         run = config.run
+        check(config)
         self.config, self.objective = config, objective
         mixed_precision = precision(run.mixed_precision, launched().device.type)
-        self.accelerator = Accelerator(
-            mixed_precision=mixed_precision, log_with="tensorboard", project_dir=run.out
-        )
+        self.accelerator = Accelerator(mixed_precision=mixed_precision, project_dir=run.out)
         self.ranks = Ranks(self.accelerator.state)
-        if run.batch_size % (self.ranks.count * run.accumulation):
-            raise UserError(
-                f"run.batch_size={run.batch_size} must be a multiple of processes x accumulation, "
-                f"{self.ranks.count} x {run.accumulation}"
-            )
-        if self.accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-            raise UserError(
-                "FSDP and DeepSpeed are not supported: every process holds the whole model; launch "
-                "with --multi_gpu"
-            )
-        if mixed_precision == "fp16" and self.accelerator.device.type == "cpu":
-            raise UserError("run.mixed_precision='fp16' needs a GPU; use bf16 or no on a CPU")
         set_seed(run.seed)
         self.module = objective.to(self.accelerator.device)
         self.trained = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+        self.shards = Shards(objective, self.trained.values(), self.accelerator.state)
         self.ranks.start_alike(self.trained.values())
         self.gradients = Gradients(self.trained)
         self.guard = Guard(self.accelerator.device)
@@ -137,10 +121,7 @@ class _Run:
         self.done = self.logged = self._resume()
         if len(set(self.ranks.told(str(self.done)))) > 1:
             raise UserError(f"processes see different checkpoints in {run.out}; share that folder")
-        if self.accelerator.is_main_process:
-            run.out.mkdir(parents=True, exist_ok=True)
-            write_yaml(config, run.out / "config.yaml")
-            self.accelerator.init_trackers("logs")
+        self._by_the_first(self._begin)
 
     # -- the loop ----------------------------------------------------------------------------
 
@@ -149,6 +130,7 @@ class _Run:
         run = self.config.run
         self.module.train()
         since = torch.zeros(0)
+        self.clock, first = Clock(), self.done
         with tqdm(
             initial=self.done,
             total=run.steps,
@@ -176,10 +158,11 @@ class _Run:
                 if logging_now or saving or validating:
                     self._stop_if_spoilt()
                 if logging_now:
-                    self._log(since / (done - self.logged), norm, bar)
+                    self._log(since / (done - self.logged), norm, done - self.logged, bar)
                     since, self.logged = torch.zeros(0), done
                 if validating and not stopping:
-                    self._validate(bar)
+                    with self.clock.apart():
+                        self._validate(bar)
                 if saving:
                     self._save()
                 if stopping:
@@ -187,15 +170,15 @@ class _Run:
                     raise Interrupted(
                         f"stopped at step {done}; the same command goes on from there"
                     )
+        if self.done > first and self.accelerator.is_main_process:
+            log.info("%d steps in %s", self.done - first, self.clock)
 
     def finish(self) -> Path:
         """Export the model, the moving average in place where there is one."""
         final = self.config.run.out / "final"
-        if self.accelerator.is_main_process:
-            self.module.eval()
-            with self._averaged():
-                self.objective.export(final)
-        self.accelerator.wait_for_everyone()
+        self.module.eval()
+        with self._averaged():
+            self._by_the_first(lambda: write_folder(final, self.objective.export))
         self.accelerator.end_training()
         return final
 
@@ -206,7 +189,7 @@ class _Run:
         self.gradients.clear()
         try:
             for number, batch in enumerate(pieces, start=self.ranks.index * len(pieces)):
-                torch.manual_seed(_seed(self.config.run.seed, step, number))
+                torch.manual_seed(seed_of(self.config.run.seed, step, number))
                 batch = send_to_device(batch, self.accelerator.device, non_blocking=True)
                 with self.accelerator.autocast():
                     losses = self.forward(batch)
@@ -215,6 +198,7 @@ class _Run:
                 (loss if scaler is None else scaler.scale(loss)).backward()
                 self.gradients.measure(losses, 1 / len(pieces))
         except torch.OutOfMemoryError:
+            self.shards.out_of_memory()
             return False
         return True
 
@@ -282,13 +266,13 @@ class _Run:
         for position in (p for piece in self._steps().positions(step) for p in piece):
             self._backward(step, [self.objective.batch(range(position, position + 1))])
             if not torch.isfinite(self.gradients.buffer).all():
-                found.append(_named(self.objective, position))
+                found.append(named(self.objective, position))
         return found
 
     # -- around the steps --------------------------------------------------------------------
 
-    def _steps(self) -> _Steps:
-        return _Steps(self.objective, self.config.run.batch_size, self.ranks, self.accumulation)
+    def _steps(self) -> Steps:
+        return Steps(self.objective, self.config.run.batch_size, self.ranks, self.accumulation)
 
     def _batches(self) -> Iterator[list[Batch]]:
         """The pieces of every step from here on, prepared ahead by workers if there are any."""
@@ -310,70 +294,95 @@ class _Run:
             )
         )
 
-    def _log(self, means: Tensor, norm: Tensor, bar: Any) -> None:
-        """Write the means since the last time; the first thing in many steps that waits."""
+    def _log(self, means: Tensor, norm: Tensor, steps: int, bar: Any) -> None:
+        """Write the means of the last `steps`; the first thing in many steps that waits."""
         if not self.accelerator.is_main_process:
             return
         values = dict(zip(self.gradients.names, means.tolist(), strict=True))
         rate = self.optimiser.param_groups[0]["lr"]
-        self.accelerator.log({**values, "lr": rate, "grad_norm": float(norm)}, step=self.done)
-        bar.set_postfix({name: f"{value:.4g}" for name, value in values.items()})
+        told = {"lr": rate, "grad_norm": float(norm)}
+        # Asked last: what is above waited for the device to be done with all of the steps.
+        told["samples_per_second"] = speed = self.clock.speed(steps * self.config.run.batch_size)
+        self.accelerator.log({**values, **told}, step=self.done)
+        bar.set_postfix({**{k: f"{v:.4g}" for k, v in values.items()}, "img/s": f"{speed:.3g}"})
 
     def _validate(self, bar: Any) -> None:
         self.module.eval()
         with self._averaged():
             scores = self.objective.validate()
-            if self.accelerator.is_main_process:
-                self.accelerator.log(
-                    {f"validation/{k}": v for k, v in scores.items()}, step=self.done
-                )
-                shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
-                bar.write(f"step {self.done}: {shown}" if shown else f"step {self.done}")
-                self._show()
-                if scores.get("loss", math.inf) < self.best:
-                    self.best = scores["loss"]
-                    self.objective.export(self.config.run.out / "best")
+            self._by_the_first(lambda: self._keep(scores, bar))
         self.module.train()
-        self.accelerator.wait_for_everyone()
+
+    def _keep(self, scores: Mapping[str, float], bar: Any) -> None:
+        """Log and show what a validation said, and the model if it is the best so far."""
+        self.accelerator.log({f"validation/{k}": v for k, v in scores.items()}, step=self.done)
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in scores.items())
+        bar.write(f"step {self.done}: {shown}" if shown else f"step {self.done}")
+        self._show()
+        if scores.get("loss", math.inf) < self.best:
+            write_folder(self.config.run.out / "best", self.objective.export)
+            self.best = scores["loss"]
 
     def _show(self) -> None:
-        """Keep the picture that the objective draws, as a file and in TensorBoard."""
+        """Keep the picture that the objective draws, as a file and where the run is logged."""
         picture = self.objective.picture() if isinstance(self.objective, Drawing) else None
-        if picture is None:
-            return
-        folder = self.config.run.out / "pictures"
-        folder.mkdir(parents=True, exist_ok=True)
-        picture.save(folder / f"step-{self.done:08d}.png")
-        board = self.accelerator.get_tracker("tensorboard", unwrap=True)
-        board.add_image("picture", np.asarray(picture), self.done, dataformats="HWC")
+        if picture is not None:
+            trackers = self.accelerator.trackers
+            keep_picture(picture, self.config.run.out / "pictures", self.done, trackers)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Within the block the weights are the averaged ones, whoever averages them."""
-        with self.average.in_place() if self.config.optimiser.ema_decay else nullcontext():
+        """Within the block the weights are the averaged ones, whoever averages them, and whole."""
+        averaged = self.average.in_place() if self.config.optimiser.ema_decay else nullcontext()
+        with averaged, self.shards.whole():
             self.optimiser.eval()  # schedule-free optimisers average by themselves
             yield
             self.optimiser.train()
 
-    def _save(self) -> None:
+    def _begin(self) -> None:
+        """Open the run's folder, with the configuration and the log."""
+        run = self.config.run
+        run.out.mkdir(parents=True, exist_ok=True)
+        path, unfinished = run.out / "config.yaml", run.out / ".config.yaml.unfinished"
+        with writing(path, unfinished):
+            write_yaml(self.config, unfinished)
+            unfinished.replace(path)
+        self.accelerator.trackers = start_tracker(self.config)
+
+    def _by_the_first(self, write: Callable[[], object]) -> None:
+        """Let the main process write, and wait for it; where it cannot, every process raises."""
+        error: Exception | None = None
         if self.accelerator.is_main_process:
-            tensors, others = optimiser_state(self.optimiser, self.trained)
-            parts: dict[str, Mapping[str, Tensor]] = {
-                "weights": self.trained,
-                "average": self.average.average,
-                "optimiser": tensors,
-            }
-            state = {
-                "optimiser": others,
-                "seed": self.config.run.seed,
-                "kind": self.config.optimiser.kind,
-                "accumulation": self.accumulation,
-                "processes": self.ranks.count,
-                "best": self.best if math.isfinite(self.best) else None,
-            }
-            saved = checkpoint.save(self.checkpoints, self.done, parts, state)
-            checkpoint.prune(self.checkpoints, self.config.run.keep_checkpoints, saved)
-        self.accelerator.wait_for_everyone()
+            try:
+                write()
+            except (OSError, UserError) as caught:
+                error = caught
+        told = self.ranks.told("" if error is None else in_one_line(error))
+        if error is not None:
+            raise error
+        if told:
+            raise NotWritten(told[0])
+
+    def _save(self) -> None:
+        self._by_the_first(self._write_checkpoint)
+
+    def _write_checkpoint(self) -> None:
+        tensors, others = optimiser_state(self.optimiser, self.trained)
+        parts: dict[str, Mapping[str, Tensor]] = {
+            "weights": self.trained,
+            "average": self.average.average,
+            "optimiser": tensors,
+        }
+        state = {
+            "optimiser": others,
+            "seed": self.config.run.seed,
+            "kind": self.config.optimiser.kind,
+            "accumulation": self.accumulation,
+            "processes": self.ranks.count,
+            "best": self.best if math.isfinite(self.best) else None,
+        }
+        saved = checkpoint.save(self.checkpoints, self.done, parts, state)
+        checkpoint.prune(self.checkpoints, self.config.run.keep_checkpoints, saved)
 
     def _resume(self) -> int:
         """Put the newest whole checkpoint in place; the step to go on with, 0 without one."""
@@ -407,16 +416,6 @@ class _Run:
         return int(state["step"])
 
 
-def _seed(seed: int, step: int, piece: int) -> int:
-    """The seed of what a model draws itself (dropout) in one piece of one step of all processes."""
-    return (seed * 0x9E3779B1 + step * 0x85EBCA6B + piece * 0xC2B2AE35) % 2**63
-
-
-def _named(objective: Objective, position: int) -> str:
-    """How the objective calls a sample, its position where it has no name."""
-    return objective.name_of(position) if isinstance(objective, Naming) else f"sample {position}"
-
-
 def _leave_signals_to_the_run(worker: int) -> None:
     """A signal to the whole group must not end the workers: the step under way still needs them."""
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -427,17 +426,24 @@ def _leave_signals_to_the_run(worker: int) -> None:
 def _stop_on_signals() -> Iterator[list[int]]:
     """A list that SIGINT or SIGTERM fills; a second signal ends the process at once."""
     received: list[int] = []
+    with on_signals(received.append):
+        yield received
+
+
+@contextmanager
+def on_signals(act: Callable[[int], None]) -> Iterator[None]:
+    """Within the block the first SIGINT or SIGTERM calls `act`; a second one does what it did."""
     kept: dict[signal.Signals, Any] = {}
 
-    def note(number: int, frame: FrameType | None) -> None:
-        received.append(number)
+    def once(number: int, frame: FrameType | None) -> None:
         for known, handler in kept.items():
             signal.signal(known, handler)
+        act(number)
 
     for number in (signal.SIGINT, signal.SIGTERM):
-        kept[number] = signal.signal(number, note)
+        kept[number] = signal.signal(number, once)
     try:
-        yield received
+        yield
     finally:
         for number, handler in kept.items():
             signal.signal(number, handler)

@@ -4,6 +4,7 @@ Legend
     z        clean latents [B, 4, h, w], drawn anew from the cached mean and std at each step
     eps, t   noise and level of each sample;  x = alpha(t) z + sigma(t) eps
     embeds   text embeddings [B, L, C]; a dropped caption is the empty text (2207.12598)
+    weights  how much each place counts [B, 1, h, w], 1 for background
 
 Position p of the run is picture p of an endless sequence of shuffled passes over the cached
 pictures; its caption is worded anew in each pass.
@@ -18,6 +19,7 @@ from typing import Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -30,7 +32,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ldm_pipeline.data.cache import Cache, Entry, Share, fill, key_of
-from ldm_pipeline.data.world import World, caption_of, held_out_caption
+from ldm_pipeline.data.world import World, caption_of, held_out_caption, masks
 from ldm_pipeline.diffusion.losses import Loss, denoising_errors, denoising_loss
 from ldm_pipeline.diffusion.schedule import Schedule
 from ldm_pipeline.errors import UserError
@@ -47,7 +49,7 @@ from ldm_pipeline.training.config import (
 )
 from ldm_pipeline.training.levels import LevelSettings
 from ldm_pipeline.training.objective import Batch
-from ldm_pipeline.training.ranks import launched
+from ldm_pipeline.training.ranks import Ranks, launched
 from ldm_pipeline.training.start import precision, take_weights
 from ldm_pipeline.training.world_data import WorldSettings, as_tensor, noise_of
 
@@ -106,6 +108,11 @@ class LatentDiffusionConfig(TrainingConfig):
     data: CachedWorldSettings = CachedWorldSettings()
     levels: LevelSettings = LevelSettings()
     caption_dropout: Fraction = 0.1
+    thing_weight: PositiveFloat = Field(
+        default=4.0,
+        description="how much a place that a thing touches counts beside the background's 1: most "
+        "things are small, and their outlines would hardly weigh",
+    )
     min_snr_gamma: PositiveFloat | None = Field(
         default=None, description="min-SNR weights (2303.09556), capped here; 5 is usual"
     )
@@ -126,7 +133,7 @@ class LatentDiffusionObjective(nn.Module):
         self.world = World(config.data.seed)
         self.tokenizer = CLIPTokenizer.from_pretrained(config.text / "tokenizer")
         self.text_encoder = CLIPTextModel.from_pretrained(
-            config.text / "text_encoder", attn_implementation="eager"
+            config.text / "text_encoder", attn_implementation="eager", dtype=torch.float32
         )
         self.text_encoder.requires_grad_(config.train_text_encoder)
         self.unet = _unet(config.model, self.text_encoder.config.hidden_size, self._precision)
@@ -142,12 +149,14 @@ class LatentDiffusionObjective(nn.Module):
     def batch(self, positions: range) -> Batch:
         """Latents, tokens, noise and levels of these positions."""
         n, seed = self.config.data.pictures, self.config.run.seed
-        indices, captions, levels = [], [], []
+        indices, captions, levels, weights = [], [], [], []
         for position in positions:
             index = int(_order(n, seed, position // n)[position % n])
             rng = np.random.default_rng([seed, 3, position])
             indices.append(index)
             captions.append(self._caption(index, rng))
+            touched = _touched(self.world, index, *self.mean.shape[2:])
+            weights.append(1 + (self.config.thing_weight - 1) * touched)
             levels.append(self.config.levels.draw(rng, self.schedule.num_train_timesteps))
         shape = self.mean.shape[1:]
         mean, std = self.mean[indices].float(), self.std[indices].float()
@@ -157,6 +166,7 @@ class LatentDiffusionObjective(nn.Module):
             "eps": noise[:, 1],
             "t": torch.tensor(levels),
             "tokens": tokenise(self.tokenizer, captions, warn=False).input_ids,
+            "weights": torch.stack(weights)[:, None],
         }
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -170,6 +180,7 @@ class LatentDiffusionObjective(nn.Module):
             batch["eps"],
             batch["t"],
             self.loss,
+            mask=batch["weights"],
         )
         return {"loss": loss}
 
@@ -243,8 +254,8 @@ class LatentDiffusionObjective(nn.Module):
         key = key_of(
             vae.state_dict(), vae.config.scaling_factor, self._precision, "world", data.seed
         )
-        state = launched()
-        share = Share(state.process_index, state.num_processes, state.wait_for_everyone)
+        ranks = Ranks(launched())
+        share = Share(ranks.index, ranks.count, ranks.told)
         cache = Cache(data.cache / key)
         keys = [f"{index:08d}" for index in range(data.pictures)]
         fill(cache, keys, encode, share)
@@ -275,6 +286,14 @@ def _unet(settings: UnetSettings, text_channels: int, dtype: str) -> UNet2DCondi
 def _order(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which pass `epoch` goes through `n` pictures."""
     return np.random.default_rng([seed, 4, epoch]).permutation(n)
+
+
+@lru_cache(maxsize=100_000)
+def _touched(world: World, index: int, height: int, width: int) -> Tensor:
+    """1 at each place of picture `index`'s latents that a thing touches, else 0; [h, w]."""
+    scene, _, _ = world.told(index)
+    covered = torch.from_numpy(masks(scene).any(axis=0)).float()
+    return F.adaptive_max_pool2d(covered[None], (height, width))[0]
 
 
 def _stack(samples: list) -> Tensor:

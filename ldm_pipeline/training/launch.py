@@ -1,4 +1,8 @@
-"""How a training script runs: parse, build, fit; a person's mistake ends in one line and code 2."""
+"""How a training script runs: parse, check, build, fit; whatever ends it ends in one line.
+
+Exit codes: 0 trained, 1 numbers that are not finite or a disk that takes no more, 2 a person's
+mistake, 130 stopped.
+"""
 
 from __future__ import annotations
 
@@ -7,17 +11,19 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import psutil
 import torch
 from accelerate.commands.launch import launch_command_parser
 from torch import nn
 
+from ldm_pipeline.data.writing import in_one_line
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.training.config import TrainingConfig, parse, read_yaml
-from ldm_pipeline.training.engine import Interrupted, fit
-from ldm_pipeline.training.ranks import launched
+from ldm_pipeline.training.engine import Interrupted, check, fit, on_signals
+from ldm_pipeline.training.lock import alone_in
+from ldm_pipeline.training.ranks import Ranks, launched, leave
 
 STARTED = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
 """What torch's and MPI's launchers set in the processes that they start."""
@@ -32,18 +38,38 @@ def launch(config: type[Config], objective: Callable[[Config], nn.Module]) -> No
         settings = parse(config)
         _start_the_others()
         _check_writable(settings.run.out)
-        final = fit(objective(settings), settings)
+        check(settings)
+        with alone_in(settings.run.out, Ranks(launched())):
+            final = fit(_built(objective, settings), settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(130)
-    except FloatingPointError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("stopped at once; the same command goes on from what is saved", file=sys.stderr)
+        sys.exit(130)
+    except (FloatingPointError, OSError) as error:
+        print(f"error: {in_one_line(error)}", file=sys.stderr)
         sys.exit(1)
+    finally:
+        leave()
     if launched().is_main_process:
         print(f"the trained model is in {final}")
+
+
+def _built(objective: Callable[[Config], nn.Module], settings: Config) -> nn.Module:
+    """The objective, which may take long to encode its data; Interrupted by SIGINT and SIGTERM."""
+    try:
+        with on_signals(_interrupt):
+            return objective(settings)
+    except KeyboardInterrupt:
+        raise Interrupted("stopped while encoding; the same command goes on from there") from None
+
+
+def _interrupt(number: int) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def _check_writable(folder: Path) -> None:

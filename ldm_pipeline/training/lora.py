@@ -3,16 +3,17 @@
 Legend
     z        clean latents [n, C, h, w], drawn anew from the cached mean and std at each step
     eps, t   noise and level of each sample;  x = alpha(t) z + sigma(t) eps
-    embeds   text embeddings [n, L, C], from the cache, or of the text encoder where it is trained
+    told     what the UNet is told by name, as text embeddings [n, L, C], see `models.conditioning`;
+             from the cache, or of the text encoders where they are trained
     group    the samples of a batch that have one size; mostly there is one
 
-The base model is frozen. The autoencoder and, unless it is trained, the text encoder speak only
+The base model is frozen. The autoencoder and, unless they are trained, the text encoders speak only
 before the first step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +24,8 @@ from PIL.Image import Image
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from ldm_pipeline.data.cache import Share
+from ldm_pipeline.data.buckets import Size
+from ldm_pipeline.data.cache import Cache, Share, key_of
 from ldm_pipeline.diffusion.losses import Loss, denoising_errors, loss_weights
 from ldm_pipeline.diffusion.noise import coarse_noise
 from ldm_pipeline.diffusion.schedule import Schedule
@@ -32,8 +34,7 @@ from ldm_pipeline.grid import captioned_grid
 from ldm_pipeline.lora import files
 from ldm_pipeline.lora.inject import Adapter, inject, without_input_casts
 from ldm_pipeline.lora.targets import LoraSettings, Override
-from ldm_pipeline.models.text import encode, tokenise
-from ldm_pipeline.models.unet import bind
+from ldm_pipeline.models.conditioning import conditioning_of
 from ldm_pipeline.training.captioned import (
     Captioned,
     CaptionedSettings,
@@ -53,6 +54,7 @@ from ldm_pipeline.training.levels import LevelSettings
 from ldm_pipeline.training.lora_card import PICTURES, model_card
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.ranks import Ranks, launched
+from ldm_pipeline.training.sharding import sharding
 from ldm_pipeline.training.start import precision
 
 BANDS = 4
@@ -60,7 +62,7 @@ BANDS = 4
 
 
 OpenModel = Callable[[str, torch.dtype], Any]
-"""Opens "bundled", a model folder or a hub id as a Stable Diffusion pipeline, in a precision."""
+"""Opens "bundled", a model folder or a hub id as a pipeline of its family, in a precision."""
 
 
 class OverrideSettings(Settings):
@@ -84,7 +86,7 @@ class AdapterSettings(Settings):
     overrides: dict[str, OverrideSettings] = Field(
         default={}, description="pattern: {rank, alpha} where they differ"
     )
-    text_encoder: bool = Field(default=False, description="adapt the text encoder as well")
+    text_encoder: bool = Field(default=False, description="adapt the text encoders as well")
 
     def settings(self) -> LoraSettings:
         """The same as `lora` takes it."""
@@ -144,34 +146,45 @@ class LoraObjective(nn.Module):
         self.ranks = Ranks(self.state)
         seed = config.run.seed
         self.data = Captioned(config.data, seed, config.run.batch_size)
+        if sharding(self.state) and len(self.data.sizes) > 1:
+            raise UserError(
+                "under FSDP all processes must call the network equally often, and a batch of "
+                f"several sizes calls it for each; set data.fixed=true (sizes: {self.data.sizes})"
+            )
         pipe = open_model(config.model, self._dtype())
         self.kind, self.schedule = _levels_of(pipe, config.loss.zero_terminal_snr)
+        self.conditioning = conditioning_of(pipe)
         self.loss = config.loss.loss()
-        share = Share(
-            self.state.process_index, self.state.num_processes, self.state.wait_for_everyone
-        )
+        share = Share(self.ranks.index, self.ranks.count, self.ranks.told)
         pipe.to(self.state.device)
         self.latents = cached_latents(self.data, pipe.vae, share)
-        self.tokenizer = pipe.tokenizer
         self.unet = pipe.unet
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
-        models: dict[str, nn.Module] = {"unet": self.unet}
-        if config.lora.text_encoder:
-            self.text_encoder = pipe.text_encoder
-            models["text_encoder"] = self.text_encoder
-        else:
+        encoders = self.conditioning.encoders
+        self.texts: Cache | None = None
+        if not config.lora.text_encoder:
             texts = [*self.data.texts(), *config.pictures.prompts, config.pictures.negative]
-            self.texts = cached_texts(
-                texts, config.data.cache, pipe.tokenizer, pipe.text_encoder, share
-            )
-        for part in (pipe.vae,) if config.lora.text_encoder else (pipe.vae, pipe.text_encoder):
-            part.to("cpu")  # they have said all that training asks
+            self.texts = cached_texts(texts, config.data.cache, self.conditioning, share)
+        for part in [pipe.vae, *encoders.values()] if self.texts is not None else [pipe.vae]:
+            part.to("cpu", dtype=self.unet.dtype)  # they have said all that training asks
+        models: dict[str, nn.Module] = {"unet": self.unet}
+        if self.texts is None:
+            models |= encoders
+            for name, encoder in encoders.items():
+                self.add_module(name, encoder)
         self._pipe = pipe if config.pictures.prompts else None
         self._base: list[Image] = []
-        self.adapter = inject(models, config.lora.settings(), seed=seed)
+        self._drawn_last: tuple[str, list[Image]] = ("", [])
+        unread = self.conditioning.unread
+        self.adapter = inject(models, config.lora.settings(), seed=seed, unread=unread)
         if config.begin_from is not None:
             _begin_from(self.adapter, config.begin_from)
+
+    @property
+    def shared(self) -> nn.Module:
+        """The UNet, where the base is shared out over the processes."""
+        return self.unet
 
     def batch(self, positions: range) -> Batch:
         """The samples of these positions, in groups of one size."""
@@ -193,25 +206,38 @@ class LoraObjective(nn.Module):
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """The plain penalty on what was held out, in bands of levels, with fixed noise."""
-        if not self.data.held_out:
+        """The plain penalty on some of what was held out, in bands of levels, with fixed noise."""
+        chosen = self.data.measured
+        if not chosen:
             return {}
-        errors: list[list[float]] = [[] for _ in range(BANDS)]
-        levels = self.schedule.num_train_timesteps
         half = self.unet.dtype != torch.float32
         context = torch.autocast(self.unet.device.type, self.unet.dtype, enabled=half)
-        own = list(enumerate(self.data.held_out))[self.state.process_index :: self.ranks.count]
+        sums = torch.zeros(BANDS, dtype=torch.float64)
+        for bands, group in self._validation(chosen):
+            moved = {name: value.to(self.unet.device) for name, value in group.items()}
+            with context:
+                errors = self._errors(moved)
+            sums.index_add_(0, torch.tensor(bands), errors.double().cpu())
+        means = (self.ranks.total(sums) / len(chosen)).tolist()
+        return {"loss": sum(means) / BANDS} | {f"loss_band_{i}": m for i, m in enumerate(means)}
+
+    def _validation(self, chosen: list[Sample]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """This process's share of every chosen sample in every band: (bands, group), batched."""
+        levels, run = self.schedule.num_train_timesteps, self.config.run
+        own = list(enumerate(chosen))[self.state.process_index :: self.ranks.count]
+        drawn: dict[Size, list[tuple[int, dict[str, Tensor]]]] = {}
         for number, sample in own:
             for band in range(BANDS):
                 rng = np.random.default_rng([7, number, band])
                 t = int((band + rng.random()) * levels / BANDS)
-                group = _stacked([self._drawn(sample, -1 - number * BANDS - band, t)])
-                moved = {name: value.to(self.unet.device) for name, value in group.items()}
-                with context:
-                    errors[band].append(float(self._errors(moved)[0]))
-        totals = torch.tensor([sum(band) for band in errors], dtype=torch.float64)
-        means = (self.ranks.total(totals) / len(self.data.held_out)).tolist()
-        return {"loss": sum(means) / BANDS} | {f"loss_band_{i}": m for i, m in enumerate(means)}
+                one = self._drawn(sample, -1 - number * BANDS - band, t)
+                drawn.setdefault(sample.transform.bucket, []).append((band, one))
+        # What fits into the memory with gradients fits without.
+        most = max(1, run.batch_size // (self.ranks.count * run.accumulation))
+        for group in drawn.values():
+            for start in range(0, len(group), most):
+                bands, samples = zip(*group[start : start + most], strict=True)
+                yield list(bands), _stacked(list(samples))
 
     def export(self, folder: Path) -> None:
         """Write the adapter as stock diffusers reads it, and its model card."""
@@ -219,9 +245,8 @@ class LoraObjective(nn.Module):
         picture = self.picture()
         if picture is not None:
             picture.save(folder / PICTURES)
-        card = model_card(
-            self.config, self.config.model, len(self.data.samples), picture is not None
-        )
+        samples, tag = len(self.data.samples), self.conditioning.tag
+        card = model_card(self.config, self.config.model, samples, picture is not None, tag)
         (folder / "README.md").write_text(card, "utf-8")
 
     def picture(self) -> Image | None:
@@ -231,20 +256,31 @@ class LoraObjective(nn.Module):
         if not self._base:
             with self.adapter.disabled():
                 self._base = self._draw(self._pipe)
-        adapted = self._draw(self._pipe)
+        adapted = self._adapted(self._pipe)
         prompts = self.config.pictures.prompts
         pairs = [(self._base[i], adapted[i]) for i in range(len(prompts))]
         captions = [text for p in prompts for text in (f"without: {p}", f"with: {p}")]
         return captioned_grid([one for pair in pairs for one in pair], captions, columns=2)
 
+    def _adapted(self, pipe: Any) -> list[Image]:
+        """The prompts' pictures with the adapter; weights that were drawn last are not again.
+
+        A validation that finds the best model shows it and exports it, and the last one shows what
+        is exported in the end.
+        """
+        key = key_of(self.adapter.parameters)
+        if key != self._drawn_last[0]:
+            self._drawn_last = key, self._draw(pipe)
+        return self._drawn_last[1]
+
     def _draw(self, pipe: Any) -> list[Image]:
         """The prompts' pictures, picture i from seed i, with the network as it is now."""
         told, side = self.config.pictures, self.config.data.resolution
+        negative = [told.negative] * len(told.prompts)
         pipe.set_progress_bar_config(disable=True)
         pipe.vae.to(self.unet.device)
         pictures: list[Image] = pipe(
-            prompt_embeds=self._embeds(told.prompts),
-            negative_prompt_embeds=self._embeds([told.negative] * len(told.prompts)),
+            **self.conditioning.arguments(*map(self._spoken, [told.prompts, negative])),
             height=side,
             width=side,
             num_inference_steps=told.steps,
@@ -254,12 +290,21 @@ class LoraObjective(nn.Module):
         pipe.vae.to("cpu")
         return pictures
 
-    def _embeds(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings [n, L, C] of texts, of the text encoder as it is now where it is trained."""
-        if self.config.lora.text_encoder:
-            return encode(self.tokenizer, self.text_encoder, list(texts), warn=False)
-        cached = [self.texts[text_key(text)]["embeds"] for text in texts]
-        return torch.stack(cached).to(self.unet.device)
+    @torch.no_grad()
+    def _spoken(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What is told of texts, by the text encoders as they are now where they are trained."""
+        told = self._encoded(self._looked_up(texts))
+        return {name: value.to(self.unet.device) for name, value in told.items()}
+
+    def _looked_up(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What is told of texts, or what the text encoders read of them where they are trained."""
+        if self.texts is None:
+            return self.conditioning.tokens(texts)
+        return _stacked([self.texts[text_key(text)] for text in texts])
+
+    def _encoded(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A group with what the text encoders say, where they are trained."""
+        return group if self.texts is not None else {**group, **self.conditioning.encode(group)}
 
     def name_of(self, position: int) -> str:
         """The picture at a position, for messages."""
@@ -273,9 +318,8 @@ class LoraObjective(nn.Module):
 
     def _errors(self, group: dict[str, Tensor]) -> Tensor:
         """The plain penalty of each sample of a group, [n]."""
-        embeds = group["embeds"] if "embeds" in group else self.text_encoder(group["tokens"])[0]
         return denoising_errors(
-            bind(self.unet, embeds.to(self.unet.dtype)),
+            self.conditioning.network(self.unet, self._encoded(group)),
             self.schedule,
             self.kind,
             group["z"],
@@ -299,17 +343,17 @@ class LoraObjective(nn.Module):
         words = self.data.words(sample, rng) if t is None else self.data.caption(sample)
         level = self.config.levels.draw(rng, self.schedule.num_train_timesteps) if t is None else t
         mask = entry.get("mask")
-        drawn = {
+        cut = sample.transform
+        told = {name: value[0] for name, value in self._looked_up([words]).items()}
+        return {
             "z": mean + std * torch.randn(shape, generator=generator),
             "eps": coarse_noise(shape, generator, settings.offset_noise, settings.pyramid_noise),
             "t": torch.tensor(level),
             "mask": torch.ones(1, *shape[1:]) if mask is None else mask.float(),
             "weight": torch.tensor(sample.item.weight),
+            **told,
+            **self.conditioning.place(cut.original, (cut.left, cut.top), cut.bucket),
         }
-        if self.config.lora.text_encoder:
-            tokens = tokenise(self.tokenizer, [words], warn=False).input_ids[0]
-            return {**drawn, "tokens": tokens}
-        return {**drawn, "embeds": self.texts[text_key(words)]["embeds"]}
 
     def _dtype(self) -> torch.dtype:
         """The frozen base's precision: bf16 where a GPU computes in it anyway."""
@@ -327,6 +371,11 @@ def _levels_of(pipe: Any, zero_terminal: bool) -> tuple[str, Schedule]:
     config = dict(pipe.scheduler.config)
     kind = str(config.get("prediction_type", "epsilon"))
     schedule = Schedule.from_config(config)
+    if "sigma_data" in config:
+        raise UserError(
+            "the model's scheduler weighs its network's input and output by sigma_data (EDM,"
+            " 2206.00364); only models of noise, v and x0 prediction can be trained"
+        )
     if zero_terminal and kind == "epsilon":
         raise UserError(
             "loss.zero_terminal_snr=true needs a v-prediction model: at the last level all is "

@@ -9,31 +9,46 @@ from ldm_pipeline.training.config import TrainingConfig
 
 PICTURES = "pictures.png"
 
+DRAWN_BY_LDM = "stable-diffusion"
+"""The family that `ldm generate` draws with."""
 
-def model_card(config: TrainingConfig, base: str, samples: int, pictures: bool) -> str:
-    """The card's Markdown: `samples` pictures taught it, `pictures` says whether some are shown."""
+
+def model_card(config: TrainingConfig, base: str, samples: int, pictures: bool, tag: str) -> str:
+    """The card's Markdown: `samples` pictures taught it, `pictures` says whether some are shown.
+
+    `tag` is the family of models that it is for, as the hub calls it.
+    """
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     shown = f"![drawn without and with the adapter]({PICTURES})\n\n" if pictures else ""
     return CARD.format(
-        base=base, name=FILE_NAME, samples=samples, steps=config.run.steps,
-        batch=config.run.batch_size, shown=shown, config=resolved,
+        base=base, samples=samples, steps=config.run.steps, batch=config.run.batch_size,
+        shown=shown, config=resolved, tag=tag,
+        use=(BOTH if tag == DRAWN_BY_LDM else STOCK).format(base=base, name=FILE_NAME),
     )  # fmt: skip
 
+
+BOTH = """    ldm generate "…" --model {base} --lora {name}
+
+or, in stock diffusers, `pipeline.load_lora_weights("{name}")`.
+"""
+
+STOCK = """    from diffusers import DiffusionPipeline
+
+    pipeline = DiffusionPipeline.from_pretrained("{base}")
+    pipeline.load_lora_weights("{name}")
+"""
 
 CARD = """---
 base_model: {base}
 library_name: diffusers
 pipeline_tag: text-to-image
-tags: [lora, text-to-image, diffusers]
+tags: [{tag}, lora, text-to-image, diffusers]
 ---
 # A LoRA for {base}
 
 {shown}Trained on {samples} captioned pictures: {steps} updates of {batch} samples each.
 
-    ldm generate "…" --model {base} --lora {name}
-
-or, in stock diffusers, `pipeline.load_lora_weights("{name}")`.
-
+{use}
 ## Configuration
 
 ```yaml

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import PIL.Image
-from torch import Tensor
+from torch import Tensor, nn
 
 Batch = dict[str, Any]
 """Tensors by name, [B, …]; lists and dictionaries of such may lie inside."""
@@ -56,3 +56,19 @@ class Naming(Protocol):
     def name_of(self, position: int) -> str:
         """The name of the sample at a position."""
         ...
+
+
+@runtime_checkable
+class Sharing(Protocol):
+    """An objective with a network whose frozen weights processes may share out (FSDP): it saves
+    none of them, and in each step calls it equally often in all processes."""
+
+    @property
+    def shared(self) -> nn.Module:
+        """The network."""
+        ...
+
+
+def named(objective: Objective, position: int) -> str:
+    """How the objective calls a sample, its position where it has no name."""
+    return objective.name_of(position) if isinstance(objective, Naming) else f"sample {position}"

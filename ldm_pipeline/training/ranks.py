@@ -17,16 +17,30 @@ from accelerate import PartialState
 from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
+from ldm_pipeline.errors import UserError
+
 
 def launched() -> PartialState:
     """What accelerate launched; the first call in a process joins it to the others.
 
     accelerate itself heeds ACCELERATE_USE_CPU only where it is told so; without, processes that
-    have no GPU would each believe that they are alone.
+    have no GPU would each believe that they are alone. Raises `UserError` under DeepSpeed.
     """
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError(
+            "DeepSpeed is not supported; to share the frozen weights out over the processes use"
+            " accelerate launch --config_file configs/accelerate/fsdp.yaml"
+        )
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     without = several and not torch.accelerator.is_available()
     return PartialState(cpu=without or parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def leave() -> None:
+    """Take leave of the other processes, however the run ended: an interpreter that ends while
+    gloo's threads still listen may be aborted, with an exit code of its own."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Ranks:

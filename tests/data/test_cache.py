@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from ldm_pipeline.data import cache
 from ldm_pipeline.data.cache import ALONE, Cache, Entry, Share, fill
+from ldm_pipeline.data.writing import NotWritten
+from tests.shares import together
 
 KEYS = [f"picture-{i}" for i in range(10)]
 
@@ -22,20 +27,20 @@ def _small_shards(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Encoder:
-    """Tells entry i by the number i in a shape of its own, remembers who was asked for, and is
-    interrupted before `stop`."""
+    """Tells entry i by the number i in a shape of its own, remembers who was asked for, has none
+    for those in `bad`, and is interrupted before `stop`."""
 
-    def __init__(self, stop: int = len(KEYS)) -> None:
-        self.stop = stop
+    def __init__(self, stop: int = len(KEYS), bad: Sequence[int] = ()) -> None:
+        self.stop, self.bad = stop, bad
         self.asked: list[int] = []
         self.sizes: list[int] = []
 
-    def __call__(self, indices: Sequence[int]) -> list[Entry]:
+    def __call__(self, indices: Sequence[int]) -> list[Entry | None]:
         if max(indices) >= self.stop:
             raise KeyboardInterrupt
         self.asked += indices
         self.sizes.append(len(indices))
-        return [right(i) for i in indices]
+        return [None if i in self.bad else right(i) for i in indices]
 
 
 def right(i: int) -> Entry:
@@ -95,15 +100,19 @@ def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:
     assert encoder.asked == [6, 7, 8, 9]
 
 
+class Killed(BaseException):
+    """Stands for a kill: nothing catches it."""
+
+
 def test_a_kill_while_a_shard_is_written_leaves_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def killed(*args: object) -> None:
-        raise KeyboardInterrupt
+        raise Killed
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", killed)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Killed):
             filled(tmp_path, Encoder())
     assert shards(tmp_path) == []
     leftovers = list(tmp_path.iterdir())
@@ -116,6 +125,40 @@ def test_a_kill_while_a_shard_is_written_leaves_none(
     assert not any(leftover.exists() for leftover in leftovers)
 
 
+NO_SPACE = os.strerror(errno.ENOSPC)
+
+
+@pytest.mark.parametrize(
+    "error,expected,said",
+    [
+        (OSError(errno.ENOSPC, NO_SPACE), NotWritten, f"cannot be written ({NO_SPACE})"),
+        (SafetensorError(f"I/O error:\n{NO_SPACE}"), NotWritten, f"(I/O error: {NO_SPACE})"),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ],
+    ids=["full", "full, as safetensors says it", "Ctrl-C"],
+)
+def test_a_shard_that_cannot_be_written_leaves_nothing(
+    error: BaseException,
+    expected: type[BaseException],
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def half(tensors: object, path: Path, metadata: object) -> None:
+        path.write_bytes(b"half")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "save_file", half)
+        with pytest.raises(expected) as raised:
+            filled(tmp_path / "here", Encoder())
+    if said:
+        assert str(raised.value).startswith(str(tmp_path / "here"))
+        assert said in str(raised.value)
+    assert list((tmp_path / "here").iterdir()) == []
+    assert_right(filled(tmp_path / "here", Encoder()))
+
+
 def test_only_what_is_new_is_encoded(tmp_path: Path) -> None:
     fill(Cache(tmp_path), KEYS[2:5], lambda indices: [right(i + 2) for i in indices])
     encoder = Encoder()
@@ -123,16 +166,43 @@ def test_only_what_is_new_is_encoded(tmp_path: Path) -> None:
     assert encoder.asked == [0, 1, 5, 6, 7, 8, 9]
 
 
-def test_processes_share_the_work(tmp_path: Path) -> None:
-    """The first waits until the second is done, and then reads the whole."""
+def filled_together(folders: Sequence[Path], encoders: Sequence[Encoder]) -> list[Cache]:
+    """The caches of several processes that fill them at once, each its folder."""
+    pairs = zip(folders, encoders, strict=True)
+    return together([partial(filled, folder, encoder) for folder, encoder in pairs])
+
+
+def test_processes_share_the_work(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Each encodes a part, and all read the whole."""
     encoders = [Encoder(), Encoder()]
-
-    def the_other() -> None:
-        filled(tmp_path, encoders[1], Share(1, 2))
-
-    assert_right(filled(tmp_path, encoders[0], Share(0, 2, the_other)))
+    for store in filled_together([tmp_path, tmp_path], encoders):
+        assert_right(store)
     assert encoders[0].asked == [0, 2, 4, 6, 8]
     assert encoders[1].asked == [1, 3, 5, 7, 9]
+    assert "not shared" not in caplog.text
+
+
+def test_processes_without_a_common_folder_each_get_the_whole(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Four on two machines: those of a machine share its part of the work; it is said."""
+    folders = [tmp_path / "one", tmp_path / "one", tmp_path / "other", tmp_path / "other"]
+    encoders = [Encoder() for _ in folders]
+    for store in filled_together(folders, encoders):
+        assert_right(store)
+    for machine in (encoders[:2], encoders[2:]):
+        assert sorted(i for encoder in machine for i in encoder.asked) == list(range(10))
+    assert f"{tmp_path / 'one'} is not shared by all processes" in caplog.text
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_what_one_process_cannot_encode_no_other_tries(tmp_path: Path, shared: bool) -> None:
+    folders = [tmp_path / "0", tmp_path / ("0" if shared else "1")]
+    encoders = [Encoder(bad=[2, 5]), Encoder(bad=[2, 5])]
+    for store in filled_together(folders, encoders):
+        assert [key for key in KEYS if key not in store] == [KEYS[2], KEYS[5]]
+    assert [2 in encoder.asked for encoder in encoders] == [True, False]
+    assert [5 in encoder.asked for encoder in encoders] == [False, True]
 
 
 def test_two_writers_at_once_do_no_harm(tmp_path: Path) -> None:

@@ -248,9 +248,9 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         concept_prompts("comic", 3, seed=-2)
     with pytest.raises(UserError, match="n=0"):
         concept_prompts("comic", 0)
-    for wrong in ({"name": "cubist", "n": 1}, {"name": "comic", "n": 0}):
-        with pytest.raises(UserError):
-            write_concept(tmp_path / "none", **wrong)  # type: ignore[arg-type]
+    for name, n, told in (("cubist", 1, "'cubist' is not known"), ("comic", 0, "n=0")):
+        with pytest.raises(UserError, match=told):
+            write_concept(tmp_path / "none", name, n)
     with pytest.raises(UserError, match="seed=-1"):
         write_concept(tmp_path / "none", "comic", 1, seed=-1)
     assert not (tmp_path / "none").exists(), "nothing is made before the arguments are right"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 
 from ldm_pipeline.models.autoencoder import decode, downscale, encode
@@ -29,6 +31,27 @@ def test_decode_takes_latent_units(components: dict[str, Any]) -> None:
     # Scaling there and back rounds the last bit of z, which the decoder carries on.
     assert torch.allclose(there_and_back, vae.decode(z).sample, atol=1e-5)
     assert decode(vae, z).shape == (2, 3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [{"shift_factor": 0.3}, {"latents_mean": [0.1, -0.2, 0.3, 0.4], "latents_std": [1, 2, 3, 4.0]}],
+)
+def test_a_shift_and_a_spread_of_each_channel(
+    tiny: Callable[..., dict[str, Any]], told: dict[str, Any]
+) -> None:
+    """Latents are moved by what the configuration has, as stock pipelines move them."""
+    vae = tiny()["vae"]
+    images = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    raw = vae.encode(images).latent_dist
+    vae.register_to_config(**told)
+    z, std = encode(vae, images)
+    shift = torch.tensor(told.get("latents_mean", [0.3] * 4)).view(1, 4, 1, 1)
+    spread = torch.tensor(told.get("latents_std", [1.0] * 4)).view(1, 4, 1, 1)
+    factor = vae.config.scaling_factor
+    assert torch.allclose(z * spread / factor + shift, raw.mean, atol=1e-5)
+    assert torch.allclose(std * spread / factor, raw.std, atol=1e-5)
+    assert torch.allclose(decode(vae, z), vae.decode(raw.mean).sample, atol=1e-5)
 
 
 def test_gradients_flow_both_ways(components: dict[str, Any]) -> None:

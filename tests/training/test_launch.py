@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import runpy
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors import SafetensorError
 from torch import nn
 
+from ldm_pipeline.data.cache import Cache, Entry, fill
+from ldm_pipeline.training import checkpoint, engine
 from ldm_pipeline.training.config import TrainingConfig
 from ldm_pipeline.training.launch import launch
 from tests.training.toy import Toy
@@ -99,13 +106,161 @@ def test_the_end_says_where_the_model_is(
     assert (tmp_path / "config.yaml").is_file()
 
 
-def test_a_batch_without_equal_pieces(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+class Unreachable(Toy):
+    """A toy that must not be built."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        raise AssertionError("the objective was built, and would have encoded its data")
+
+
+@pytest.mark.parametrize(
+    "told,said",
+    [
+        ("--run.accumulation=3", "run.batch_size=4 must be a multiple of"),
+        ("--run.mixed_precision=fp16", "needs a GPU"),
+        ("--optimiser.kind=adamw8bit", "needs pip install"),
+        ("ACCELERATE_USE_FSDP", "FSDP of version 1"),
+        ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed is not supported"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused_before_anything_is_encoded(
+    told: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
+    if told.startswith("ACCELERATE"):
+        monkeypatch.setenv(told, "true")
+    arguments = [told] if told.startswith("--") else []
     with pytest.raises(SystemExit) as ended:
-        run(monkeypatch, Toy, f"--run.out={tmp_path}", "--run.accumulation=3")
+        run(monkeypatch, Unreachable, f"--run.out={tmp_path / 'out'}", *arguments)
     assert ended.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert list(tmp_path.iterdir()) == []
+
+
+class Encoding(Toy):
+    """A toy that first encodes ten things, one by one, into `cache` beside its folder."""
+
+    ends_in: int | None = None
+    """The thing at which a signal comes."""
+    number = signal.SIGTERM
+    told_now: list[int]
+    """What was encoded in the run under way."""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        type(self).told_now = []
+        keys = [str(i) for i in range(10)]
+        fill(Cache(config.run.out.parent / "cache"), keys, self.encode, batch_size=1)
+        super().__init__(config)
+
+    def encode(self, indices: Sequence[int]) -> list[Entry]:
+        """A number for each thing."""
+        if indices[0] == self.ends_in:
+            os.kill(os.getpid(), self.number)
+        self.told_now += indices
+        return [{"value": torch.tensor(i)} for i in indices]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_while_encoding_keeps_what_is_encoded(
+    number: signal.Signals,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    before = [signal.getsignal(known) for known in (signal.SIGINT, signal.SIGTERM)]
+    monkeypatch.setattr(Encoding, "number", number)
+    with monkeypatch.context() as patch:
+        patch.setattr(Encoding, "ends_in", 4)
+        with pytest.raises(SystemExit) as ended:
+            run(monkeypatch, Encoding, f"--run.out={tmp_path / 'out'}")
+    assert ended.value.code == 130
+    told = capsys.readouterr().err.splitlines()
+    assert told[-1] == "stopped while encoding; the same command goes on from there"
+    assert [signal.getsignal(known) for known in (signal.SIGINT, signal.SIGTERM)] == before
+    assert not (tmp_path / "out").exists()
+    run(monkeypatch, Encoding, f"--run.out={tmp_path / 'out'}")
+    assert Encoding.told_now == [4, 5, 6, 7, 8, 9]
+
+
+NO_SPACE = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize("at", ["config.yaml", "checkpoints/step-00000002", "best", "final"])
+def test_a_full_disk_ends_in_one_line_and_costs_nothing_that_was_written(
+    at: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Wherever it happens: what an earlier run wrote is as it was, and nothing half-written."""
+
+    def half(tensors: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise SafetensorError("No space left on device")
+
+    def half_exported(self: Toy, folder: Path) -> None:
+        Toy.export(self, folder)
+        if at in folder.name:
+            (folder / "toy.safetensors").write_bytes(b"half")
+            raise NO_SPACE
+
+    def half_told(config: object, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise NO_SPACE
+
+    told = [f"--run.out={tmp_path}", "--run.save_every=1"]
+    run(monkeypatch, Best, *told, "--run.steps=1")
+    before = contents(tmp_path)
+    assert {"best/toy.safetensors", "final/toy.safetensors"} <= before.keys()
+    capsys.readouterr()
+    patches: dict[str, tuple[Any, str, Any]] = {
+        "config.yaml": (engine, "write_yaml", half_told),
+        "checkpoints/step-00000002": (checkpoint, "save_file", half),
+        "best": (Best, "export", half_exported),
+        "final": (Best, "export", half_exported),
+    }
+    monkeypatch.setattr(*patches[at])
+    validating = "--run.validate_every=2" if at == "best" else "--run.validate_every=100"
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, Best, *told, validating)
+    assert ended.value.code == 1
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith("error: ")
+    assert str(tmp_path / at) in last
+    assert "No space left on device" in last
+    after = contents(tmp_path)
+    assert [name for name in after if "unfinished" in name] == []
+    assert {n: v for n, v in after.items() if n.startswith(at)} == {
+        n: v for n, v in before.items() if n.startswith(at)
+    }
+    last_whole = {"config.yaml": 1, "checkpoints/step-00000002": 1, "best": 1, "final": 3}[at]
+    newest = checkpoint.newest(tmp_path / "checkpoints")
+    assert newest == tmp_path / "checkpoints" / f"step-{last_whole:08d}"
+
+
+class Best(Toy):
+    """A toy whose every validation is better than the one before."""
+
+    def validate(self) -> dict[str, float]:
+        """A loss that falls."""
+        type(self).least -= 1
+        return {"loss": self.least}
+
+    least = 0.0
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
 
 
 class Terminated(Toy):

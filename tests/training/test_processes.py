@@ -11,10 +11,12 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from ldm_pipeline.training import checkpoint
 from tests.training.toy import Toy, settings
@@ -80,31 +82,48 @@ def free_port() -> int:
         return int(bound.getsockname()[1])
 
 
-def test_two_processes_do_what_one_does(tmp_path: Path, started: list[Process]) -> None:
-    """2 processes with 4 samples each take the same steps as 1 process with 8."""
-    told = ["--run.steps=5", "--run.batch_size=8", "--run.workers=0", "--optimiser.lr=0.01"]
+def ended(run: Process, code: int = 0) -> str:
+    """What a process said until it ended, with this exit code."""
+    output, _ = run.communicate(timeout=PATIENCE)
+    assert run.returncode == code, output
+    return output
+
+
+def saved(out: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The parts and the state of a run's newest checkpoint."""
+    newest = checkpoint.newest(out / "checkpoints")
+    assert newest is not None
+    return checkpoint.load(newest)
+
+
+def one_and_two(
+    folder: Path, started: list[Process], module: str, *told: str
+) -> list[tuple[dict[str, dict[str, Tensor]], dict[str, Any]]]:
+    """The last checkpoints of the same run on one process and on two."""
     port = free_port()
     for rank in range(2):
-        started.append(start(tmp_path / "two", *told, rank=rank, ranks=2, port=port))
-    started.append(start(tmp_path / "one", *told))
+        started.append(start(folder / "two", *told, rank=rank, ranks=2, port=port, module=module))
+    started.append(start(folder / "one", *told, module=module))
     for run in started:
-        output, _ = run.communicate(timeout=PATIENCE)
-        assert run.returncode == 0, output
-    parts = []
-    for name in ("one", "two"):
-        newest = checkpoint.newest(tmp_path / name / "checkpoints")
-        assert newest is not None
-        assert newest.name == "step-00000005"
-        loaded, state = checkpoint.load(newest)
-        assert state["processes"] == {"one": 1, "two": 2}[name]
-        parts.append(loaded)
-    for part, tensors in parts[0].items():
+        ended(run)
+    both = [saved(folder / name) for name in ("one", "two")]
+    assert [state["processes"] for _, state in both] == [1, 2]
+    return both
+
+
+def test_two_processes_do_what_one_does(tmp_path: Path, started: list[Process]) -> None:
+    """2 processes with 4 samples each take the same steps as 1 process with 8."""
+    told = ["--run.steps=5", "--run.batch_size=8", "--run.workers=0", "--optimiser.lr=0.01",
+            "--run.mixed_precision=no"]  # fmt: skip
+    (one, state), (two, other) = one_and_two(tmp_path, started, "tests.training.toy", *told)
+    assert state["step"] == other["step"] == 5
+    for part, tensors in one.items():
         for name, value in tensors.items():
-            difference = (value - parts[1][part][name]).norm()
+            difference = (value - two[part][name]).norm()
             # Means of 4 are averaged instead of one mean of 8: some 1e-7 of a gradient.
             assert difference <= 1e-6 * value.norm(), (part, name)
     begun = Toy(settings(tmp_path, seed=0)).first.weight
-    assert (parts[0]["weights"]["first.weight"] - begun).abs().max() > 1e-3  # lr 0.01: it moved
+    assert (one["weights"]["first.weight"] - begun).abs().max() > 1e-3  # lr 0.01: it moved
 
 
 def test_two_processes_train_the_adapter_that_one_does(
@@ -126,27 +145,14 @@ def test_two_processes_train_the_adapter_that_one_does(
         "--optimiser.lr=0.001", "--optimiser.warmup_steps=4", "--optimiser.cooldown_steps=4",
         "--data.held_out=0.15", "--run.validate_every=5",
     ]  # fmt: skip
-    module, port = "tests.training.tiny_lora", free_port()
-    for rank in range(2):
-        run = start(tmp_path / "two", *told, rank=rank, ranks=2, port=port, module=module)
-        started.append(run)
-    started.append(start(tmp_path / "one", *told, module=module))
-    for run in started:
-        output, _ = run.communicate(timeout=PATIENCE)
-        assert run.returncode == 0, output
-    parts = []
-    for name in ("one", "two"):
-        newest = checkpoint.newest(tmp_path / name / "checkpoints")
-        assert newest is not None
-        loaded, state = checkpoint.load(newest)
-        assert state["processes"] == {"one": 1, "two": 2}[name]
-        parts.append((loaded["weights"], state["best"]))
-    (one, best), (two, also) = parts
+    module = "tests.training.tiny_lora"
+    (parts, state), (others, other) = one_and_two(tmp_path, started, module, *told)
+    one, two = parts["weights"], others["weights"]
     total = sum(float(value.square().sum()) for value in one.values()) ** 0.5
     difference = sum(float((one[n] - two[n]).square().sum()) for n in one) ** 0.5
     # Sums in another order, passed on by AdamW for ten steps.
     assert difference <= 1e-5 * total
-    assert best == pytest.approx(also, rel=1e-5)
+    assert state["best"] == pytest.approx(other["best"], rel=1e-5)
 
 
 def test_accelerate_starts_as_many_as_it_is_told(tmp_path: Path, started: list[Process]) -> None:
@@ -164,11 +170,8 @@ def test_accelerate_starts_as_many_as_it_is_told(tmp_path: Path, started: list[P
         start_new_session=True,
     )
     started.append(run)
-    output, _ = run.communicate(timeout=PATIENCE)
-    assert run.returncode == 0, output
-    newest = checkpoint.newest(tmp_path / "checkpoints")
-    assert newest is not None
-    assert checkpoint.load(newest)[1]["processes"] == 2
+    ended(run)
+    assert saved(tmp_path)[1]["processes"] == 2
 
 
 def test_a_signal_to_the_whole_group_saves_and_leaves_nobody(
@@ -185,12 +188,36 @@ def test_a_signal_to_the_whole_group_saves_and_leaves_nobody(
         assert run.poll() is None, run.communicate()[0]
         time.sleep(0.02)
     os.killpg(run.pid, signal.SIGTERM)
-    output, _ = run.communicate(timeout=PATIENCE)
-    assert run.returncode == 130, output
-    newest = checkpoint.newest(tmp_path / "checkpoints")
-    assert newest is not None
-    assert f"stopped at step {checkpoint.load(newest)[1]['step']};" in output
+    output = ended(run, 130)
+    assert f"stopped at step {saved(tmp_path)[1]['step']};" in output
     assert not group_is_alive(run.pid)
+
+
+def test_two_runs_in_one_folder_are_refused_and_a_kill_leaves_no_lock(
+    tmp_path: Path, started: list[Process]
+) -> None:
+    """Every process of the second run refuses, in one line. Its workers outlive a killed run for
+    a while: the next run starts nevertheless."""
+    told = ["--run.workers=1", "--run.save_every=20", "--run.batch_size=8"]
+    once = [*told, "--run.steps=1"]
+    first = start(tmp_path, *told, "--run.steps=1000000")
+    started.append(first)
+    until = time.monotonic() + PATIENCE
+    while not list((tmp_path / "checkpoints").glob("step-*")):
+        assert time.monotonic() < until, "no checkpoint"
+        assert first.poll() is None, first.communicate()[0]
+        time.sleep(0.02)
+    port = free_port()
+    second = [start(tmp_path, *once, rank=rank, ranks=2, port=port) for rank in range(2)]
+    started.extend(second)
+    for run in second:
+        assert f"error: another run writes into run.out={tmp_path};" in ended(run, 2)
+    assert first.poll() is None
+    first.send_signal(signal.SIGKILL)
+    started.append(start(tmp_path, *once))
+    ended(started[-1])
+    assert (tmp_path / "final" / "toy.safetensors").is_file()
+    assert not (tmp_path / ".lock").exists()
 
 
 def group_is_alive(group: int) -> bool:

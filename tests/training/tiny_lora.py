@@ -1,6 +1,6 @@
 """A LoRA run over the tests' tiny components, as a module: what several processes are started with.
 
-python -m tests.training.tiny_lora --data.source DIR --run.out DIR ...
+python -m tests.training.tiny_lora [--model xl] --data.source DIR --run.out DIR ...
 """
 
 from __future__ import annotations
@@ -8,15 +8,18 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
 from ldm_pipeline import LatentDiffusionPipeline
 from ldm_pipeline.training.launch import launch
 from ldm_pipeline.training.lora import LoraConfig, LoraObjective
-from tests.conftest import build
+from tests.conftest import build, build_xl
 
 
-def open_model(source: str, dtype: torch.dtype) -> LatentDiffusionPipeline:
-    """The tiny pipeline, whatever `source` says."""
+def open_model(source: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """The tiny pipeline of SDXL's shape for "xl", else that of Stable Diffusion."""
+    if source == "xl":
+        return StableDiffusionXLPipeline(**build_xl(), add_watermarker=False).to(dtype)
     return LatentDiffusionPipeline(**build()).to(dtype)
 
 

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from ldm_pipeline.data.world.captions import Description, describe, phrase
-from ldm_pipeline.data.world.render import FINE, _draw_thing, render
+from ldm_pipeline.data.world.render import FINE, draw_thing, render
 from ldm_pipeline.data.world.render import backdrop as world_backdrop
 from ldm_pipeline.data.world.scene import (
     CANVAS,
@@ -37,8 +37,8 @@ from ldm_pipeline.data.world.scene import (
     stands_out,
     tones,
 )
-from ldm_pipeline.data.world.shapes import _SHAPES, Part, Point
-from ldm_pipeline.data.world.words import _PLURAL, SINGULAR
+from ldm_pipeline.data.world.shapes import SHAPES, Part, Point
+from ldm_pipeline.data.world.words import PLURAL, SINGULAR
 from ldm_pipeline.data.world.world import Sample, write_samples
 from ldm_pipeline.errors import UserError, choose
 
@@ -137,7 +137,7 @@ def comic(scene: Scene) -> np.ndarray:
     behind = burst_of(scene.background)
     picture = Image.fromarray(backdrop(behind))
     for thing in scene.things:
-        _draw_thing(picture, replace(thing, style="outlined"), behind)
+        draw_thing(picture, replace(thing, style="outlined"), behind)
     return np.asarray(picture).copy()
 
 
@@ -256,6 +256,6 @@ def _cactus() -> list[Part]:
 # The world's tables learn the new kind, so that whatever draws, words or measures a thing takes it
 # like any other. The world itself shows only KINDS, and its VOCABULARY was closed with its own
 # words: nothing that it draws or says changes.
-_SHAPES["cactus"] = _cactus()
+SHAPES["cactus"] = _cactus()
 SINGULAR["cactus"] = ("cactus",)
-_PLURAL["cactus"] = "cactuses"
+PLURAL["cactus"] = "cactuses"

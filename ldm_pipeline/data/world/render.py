@@ -35,7 +35,7 @@ def render(scene: Scene) -> np.ndarray:
     if scene.background.pattern == "starry night":
         _draw_stars(picture, scene)
     for thing in scene.things:
-        _draw_thing(picture, thing, scene.background)
+        draw_thing(picture, thing, scene.background)
     return np.asarray(picture).copy()
 
 
@@ -90,7 +90,8 @@ def _draw_stars(picture: Image.Image, scene: Scene) -> None:
         picture.paste(fine.reduce(FINE), box[:2])
 
 
-def _draw_thing(picture: Image.Image, thing: Thing, background: Background) -> None:
+def draw_thing(picture: Image.Image, thing: Thing, background: Background) -> None:
+    """Draws a thing onto a picture [128, 128]; its contour stands out from this background."""
     box = _crop_box(thing)
     fine = _enlarge(picture, box)
     ink = palette(thing.colour, tones(background))

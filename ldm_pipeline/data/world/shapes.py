@@ -222,7 +222,8 @@ def _make() -> dict[str, list[Part]]:
     }  # fmt: skip
 
 
-_SHAPES = _make()
+SHAPES = _make()
+"""The parts of each kind, as they are told: neither centred nor scaled yet, see `shape`."""
 
 
 @cache
@@ -231,7 +232,7 @@ def shape(kind: str, tilt: float = 0.0) -> tuple[Part, ...]:
     its outside is centred on 0 and its longer side is 2."""
     a = tilt * pi / 180
     turn = np.array([[cos(a), sin(a)], [-sin(a), cos(a)]])
-    parts = [Part(part.points @ turn, part.paint, part.silhouette) for part in _SHAPES[kind]]
+    parts = [Part(part.points @ turn, part.paint, part.silhouette) for part in SHAPES[kind]]
     outside = np.concatenate([part.points for part in parts if part.silhouette])
     low, high = outside.min(0), outside.max(0)
     centre, half = (low + high) / 2, float((high - low).max()) / 2

@@ -25,10 +25,11 @@ SINGULAR: dict[str, tuple[str, ...]] = {kind: (kind,) for kind in KINDS} | {
     "mug": ("mug", "cup"),
     "rocket": ("rocket", "spaceship"),
 }
-_PLURAL = {
+PLURAL = {
     "cross": "crosses", "fish": "fish", "rhombus": "rhombuses", "butterfly": "butterflies",
     "smiley": "smileys",
 }  # fmt: skip
+"""Of last words that do not just take an s."""
 COLOUR_WORDS: dict[str, tuple[str, ...]] = {colour: (colour,) for colour in COLOURS} | {
     "purple": ("purple", "violet"),
     "turquoise": ("turquoise", "teal"),
@@ -120,7 +121,7 @@ GLUE = ("and", "a", "an", "the", ",")
 def plural(name: str) -> str:
     """The plural of a thing's name."""
     head, _, last = name.rpartition(" ")
-    many = _PLURAL.get(last, last + "s")
+    many = PLURAL.get(last, last + "s")
     return f"{head} {many}".strip()
 
 

@@ -1,0 +1,80 @@
+"""One run at a time in a folder, by the operating system's lock on a file in it.
+
+The kernel lets go of the lock when the process ends, even by kill -9, so nothing is ever left that
+would block the next run. It is a POSIX record lock: unlike flock's, the workers that a run forks,
+which may outlive it for seconds, do not inherit it. Several processes of one run hold it together,
+through their first one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from ldm_pipeline.errors import UserError
+from ldm_pipeline.training.ranks import Ranks
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+log = logging.getLogger(__name__)
+
+NAME = ".lock"
+
+
+@contextmanager
+def alone_in(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Within the block no other run writes into `folder`, which is made where it is missing.
+
+    Raises `UserError`, in every process, where another run is at it. A folder that stays empty
+    does not stay.
+    """
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    handle = _lock(folder / NAME) if ranks.index == 0 else None
+    taken = ranks.index == 0 and handle is None
+    if ranks.told("taken" if taken else ""):
+        raise UserError(
+            f"another run writes into run.out={folder}; wait until it has ended, or choose another "
+            "folder"
+        )
+    try:
+        yield
+    finally:
+        if handle is not None:
+            with suppress(OSError):
+                (folder / NAME).unlink()
+                for place in missing:
+                    place.rmdir()
+            os.close(handle)
+
+
+def _lock(path: Path) -> int | None:
+    """An open file that this process has locked; None where another process has."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            if fcntl is None:
+                raise OSError("this system has no such locks")
+            fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            os.close(handle)
+            return None
+        except OSError as error:  # some network file systems
+            log.warning("%s cannot be locked (%s): start no second run there", path, error)
+            return handle
+        if _is(path, handle):
+            return handle
+        os.close(handle)  # the run before removed the file between our opening and locking it
+
+
+def _is(path: Path, handle: int) -> bool:
+    """Whether an open file is still the one at `path`."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(handle))
+    return False
