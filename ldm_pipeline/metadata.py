@@ -39,8 +39,8 @@ class Recipe:
     `prompts` holds one prompt, or, for a grid, one for each of its captions; `n` is the number of
     pictures for each prompt. Picture k of a run uses seed `seed + k`. `sampler` None is the
     model's own. `size` is (height, width) in pixels. `loras` are adapter files with their
-    weights. `versions` names the packages that drew it: they do not enter the command, but other
-    versions may round differently.
+    weights; `lcm` is that of few steps, "" the bundled model's. `versions` names the packages that
+    drew it: they do not enter the command, but other versions may round differently.
     """
 
     prompts: tuple[str, ...]
@@ -56,12 +56,15 @@ class Recipe:
     n: int = 1
     grid: bool = False
     loras: tuple[tuple[str, float], ...] = ()
+    lcm: str | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def command(self, output: str) -> str:
         """The shell command, one line, that draws this file again and writes it to `output`."""
         words = ["ldm", "generate", "-o", output, "--model", self.model]
         words += [f"--lora={file}:{weight!r}" for file, weight in self.loras]
+        if self.lcm is not None:
+            words += [f"--lcm={self.lcm}" if self.lcm else "--lcm"]
         words += ["--seed", str(self.seed), "--steps", str(self.steps)]
         words += ["--guidance", repr(self.guidance)]
         if self.sampler is not None:
@@ -81,11 +84,13 @@ class Recipe:
     def to_json(self) -> str:
         """The recipe as JSON, the same text for the same recipe.
 
-        `loras` is left out where there are none: so it was before there were any.
+        `loras` and `lcm` are left out where there are none: so it was before there were any.
         """
         values = asdict(self)
         if not self.loras:
             del values["loras"]
+        if self.lcm is None:
+            del values["lcm"]
         return json.dumps({"format": FORMAT, **values}, sort_keys=True)
 
     @staticmethod
@@ -99,16 +104,22 @@ class Recipe:
             raise ValueError(f"unknown fields {unknown}")
         return _checked(values)
 
+    @property
+    def _sampler(self) -> str:
+        """Who drew it, for people."""
+        return "LCM" if self.lcm is not None else self.sampler or "model default"
+
     def settings(self) -> str:
         """The recipe as the text that other picture tools show under "parameters"."""
         lines = [" | ".join(self.prompts)]
         if self.negative:
             lines += [f"Negative prompt: {self.negative}"]
         lines += [
-            f"Steps: {self.steps}, Sampler: {self.sampler or 'model default'}, "
+            f"Steps: {self.steps}, Sampler: {self._sampler}, "
             f"CFG scale: {self.guidance:g}, Seed: {self.seed}, "
             f"Size: {self.size[1]}x{self.size[0]}, Model: {self.model}"
             + "".join(f", LoRA: {file}:{weight:g}" for file, weight in self.loras)
+            + (f", LoRA: {self.lcm}:1" if self.lcm else "")
         ]
         return "\n".join(lines)
 
@@ -119,6 +130,7 @@ def _checked(values: dict[str, Any]) -> Recipe:
     texts = [values["model"], values["device"], values["dtype"], *values["prompts"]]
     texts += [file for file, _ in loras]
     texts += [values[name] for name in ("sampler", "negative") if values[name] is not None]
+    texts += [values["lcm"]] if values.get("lcm") is not None else []
     whole = [values["seed"], values["steps"], values["n"], *values["size"]]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a text is missing")

@@ -35,6 +35,7 @@ from transformers import CLIPTextModel, CLIPTokenizer
 from ldm_pipeline.diffusion import loop
 from ldm_pipeline.diffusion.denoiser import Denoiser, guided, make_denoiser
 from ldm_pipeline.diffusion.prediction import PREDICTION_TYPES
+from ldm_pipeline.diffusion.samplers import Consistency
 from ldm_pipeline.diffusion.schedule import Schedule
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.images import to_output, to_pictures
@@ -43,7 +44,15 @@ from ldm_pipeline.models import autoencoder, bundled, text
 from ldm_pipeline.models.sampling import choose_sampler, settle
 from ldm_pipeline.models.unet import bind, guidance_embedding
 from ldm_pipeline.randomness import batch_noise
-from ldm_pipeline.request import CALLBACK_TENSORS, Request, Text
+from ldm_pipeline.request import (
+    CALLBACK_TENSORS,
+    GUIDANCE,
+    LCM_GUIDANCE,
+    LCM_STEPS,
+    STEPS,
+    Request,
+    Text,
+)
 from ldm_pipeline.running import LiveValues, Run, under_way
 from ldm_pipeline.tasks.generate import generate
 
@@ -106,10 +115,10 @@ class LatentDiffusionPipeline(
         prompt: Text | None = None,
         height: int | None = None,
         width: int | None = None,
-        num_inference_steps: int | None = 50,
+        num_inference_steps: int | None = None,
         timesteps: Sequence[int] | None = None,
         sigmas: Sequence[float] | None = None,
-        guidance_scale: float = 7.5,
+        guidance_scale: float | None = None,
         negative_prompt: Text | None = None,
         num_images_per_prompt: int = 1,
         eta: float = 0.0,
@@ -128,14 +137,19 @@ class LatentDiffusionPipeline(
         sampler: str | None = None,
         seed: int | Sequence[int] | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
+        lcm: bool | str | os.PathLike[str] = False,
     ) -> Any:
         """Draw pictures. Arguments and defaults are those of a stock Stable Diffusion pipeline,
-        and draw the same pictures; `Request` documents each. Ours are the last three:
+        and draw the same pictures: 50 steps of guidance 7.5. `Request` documents each. Ours are
+        the last four:
 
         sampler             a name of `request.SAMPLER_NAMES`; None runs the pipeline's scheduler
         seed                image i is drawn with seed + i, or with entry i of a list, and is
                             then the same picture whatever the batch
         guidance_interval   guidance acts between these two fractions of the run (2404.07724)
+        lcm                 few steps (2311.05556): draw this call with the LCM adapter in this
+                            file, True is the bundled model's, in 4 steps without guidance unless
+                            told otherwise; a full LCM (whose UNet takes the guidance) needs none
 
         `callback_on_step_end(pipe, step, timestep, tensors)` may change `latents`,
         `prompt_embeds`, `pipe._guidance_scale`, and set `pipe._interrupt`.
@@ -147,6 +161,10 @@ class LatentDiffusionPipeline(
         """
         if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
             callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
+        if num_inference_steps is None:
+            num_inference_steps = LCM_STEPS if lcm else STEPS
+        if guidance_scale is None:
+            guidance_scale = LCM_GUIDANCE if lcm and self._steerable else GUIDANCE
         request = Request(
             prompt=prompt,
             height=height,
@@ -170,6 +188,7 @@ class LatentDiffusionPipeline(
             sampler=sampler,
             seed=seed,
             guidance_interval=guidance_interval,
+            lcm=lcm,
         )
         self._check_components(request)
         with under_way(self, self._begin(request)) as run:
@@ -188,19 +207,26 @@ class LatentDiffusionPipeline(
             guidance_interval=request.guidance_interval,
             clip_skip=request.clip_skip,
             cross_attention_kwargs=request.cross_attention_kwargs,
-            steerable=self.unet.config.time_cond_proj_dim is None,
+            steerable=self._steerable,
         )
 
     def _draw(self, request: Request, run: Run, callback: Callback | None) -> Tensor:
         """Latents [B, C, h, w] for a request: encode, plan, denoise."""
         device = self._execution_device
         schedule = Schedule.from_config(self.scheduler.config)
+        unet, distilled = self.unet, None
+        if request.lcm:
+            from ldm_pipeline.lora.few_steps import few_step_unet  # it imports peft
+
+            unet, note = few_step_unet(self, request.lcm)
+            distilled = Consistency(note.original_steps, note.timestep_scaling)
         sampler = choose_sampler(
-            request.sampler,
+            request.sampler_name,
             self.scheduler,
             eta=request.eta,
             timesteps=request.timesteps,
             sigmas=request.sigmas,
+            consistency=distilled,
         )
         course = sampler.course(schedule, request.num_inference_steps or 1)
         run.num_timesteps = len(course.times) - 1
@@ -227,12 +253,14 @@ class LatentDiffusionPipeline(
         if start is None:
             start = noise.draw(self._latent_shape(request), embeds.dtype, device)
         plan = generate(start.to(device), course)
-        denoiser = self._denoiser(run, schedule, plan.start)
+        denoiser = self._denoiser(unet, run, schedule, plan.start)
         with self.progress_bar(total=run.num_timesteps) as bar:
             watch = self._watch(run, callback, request.callback_on_step_end_tensor_inputs, bar)
             return loop.run(plan, denoiser, course.step, noise, watch)
 
-    def _denoiser(self, run: Run, schedule: Schedule, like: Tensor) -> Denoiser:
+    def _denoiser(
+        self, unet: UNet2DConditionModel, run: Run, schedule: Schedule, like: Tensor
+    ) -> Denoiser:
         """The UNet with this run's conditioning, read anew at every call, and its guidance."""
         strength = None
         if not run.steerable:
@@ -241,7 +269,7 @@ class LatentDiffusionPipeline(
 
         def network(x: Tensor, t: Tensor) -> Tensor:
             bound = bind(
-                self.unet,
+                unet,
                 run.embeds_for(x.shape[0]),
                 timestep_cond=strength,
                 cross_attention_kwargs=run.cross_attention_kwargs,
@@ -374,6 +402,11 @@ class LatentDiffusionPipeline(
                 f"latents has shape {tuple(request.latents.shape)}; it must be"
                 f" {(request.image_count, *shape)} for this model and size"
             )
+
+    @property
+    def _steerable(self) -> bool:
+        """Whether guidance is two answers of the UNet, and not one of its inputs."""
+        return self.unet is None or self.unet.config.time_cond_proj_dim is None
 
     @property
     def _prediction_type(self) -> str:

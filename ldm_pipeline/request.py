@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -37,6 +38,9 @@ CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
 MAX_SEED = 2**63 - 1
 #: Latents are an eighth of the picture on each side.
 SIZE_STEP = 8
+#: Steps and guidance where nobody names them, with `lcm` and without.
+LCM_STEPS, LCM_GUIDANCE = 4, 1.0
+STEPS, GUIDANCE = 50, 7.5
 
 Text = str | Sequence[str]
 
@@ -61,15 +65,17 @@ class Request:
     eta                         0 to 1, the share of fresh noise, for samplers that know it
     clip_skip                   number of the text encoder's last layers to leave out
     output_type                 one of `OUTPUT_TYPES`
+    lcm                         the file of an LCM adapter to draw with, in few steps; True is the
+                                bundled model's
     """
 
     prompt: Text | None = None
     height: int | None = None
     width: int | None = None
-    num_inference_steps: int | None = 50
+    num_inference_steps: int | None = STEPS
     timesteps: Sequence[int] | None = None
     sigmas: Sequence[float] | None = None
-    guidance_scale: float = 7.5
+    guidance_scale: float = GUIDANCE
     negative_prompt: Text | None = None
     num_images_per_prompt: int = 1
     eta: float = 0.0
@@ -85,6 +91,7 @@ class Request:
     sampler: str | None = None
     seed: int | Sequence[int] | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
+    lcm: bool | str | os.PathLike[str] = False
 
     def __post_init__(self) -> None:
         self._check_words()
@@ -92,11 +99,20 @@ class Request:
         self._check_randomness()
         if self.sampler is not None:
             choose("sampler", self.sampler, SAMPLER_NAMES)
+        if not isinstance(self.lcm, bool | str | os.PathLike):
+            raise UserError(f"lcm={self.lcm!r} must be True, False or the path of an adapter")
+        if self.lcm and self.sampler not in (None, "lcm"):
+            raise UserError(f"sampler={self.sampler!r} does not go with lcm; leave it out")
         choose("output_type", self.output_type, OUTPUT_TYPES)
         for name in self.callback_on_step_end_tensor_inputs:
             choose("callback_on_step_end_tensor_inputs", name, CALLBACK_TENSORS)
 
     # What the rest of the package reads -----------------------------------------------------
+
+    @property
+    def sampler_name(self) -> str | None:
+        """The sampler to draw with, that of few steps where they are asked for."""
+        return "lcm" if self.lcm else self.sampler
 
     @cached_property
     def prompts(self) -> list[str]:

@@ -22,9 +22,9 @@ from ldm_pipeline.diffusion.denoiser import Guidance
 from ldm_pipeline.errors import UserError
 
 
-@dataclass
+@dataclass(eq=False)
 class Run:
-    """The values of one run that may change while it runs.
+    """The values of one run that may change while it runs; equal to itself alone.
 
     `prompt_embeds` is [B, L, C], or [2B, L, C] with the negative half first where the run began
     with guidance. `steerable` is False for UNets that take guidance as an input (guided LCM).

@@ -308,6 +308,10 @@ LORA_REFUSED = {
     "generate x --lora style.safetensors:": "'' is no weight",
     "generate x --lora style.safetensors --lora words.txt": "words.txt",
     "generate x --lora": "--lora",
+    "generate x --lcm nowhere": "--lcm=nowhere: there is no such file; a prompt stands before",
+    "generate x --lcm words.txt": "words.txt is no whole safetensors file",
+    "generate x --lcm style.safetensors --sampler ddim": "--sampler='ddim' does not go with lcm",
+    "evaluate --lcm nowhere": "--lcm=nowhere: there is no such file",
 }
 
 
@@ -423,3 +427,37 @@ def test_loras_draw_and_their_picture_comes_back(
     assert (code, out) == (2, "")
     assert "wide.safetensors does not fit this model: 0 keys matched, 0 missing" in err
     assert not Path("wide.png").exists()
+
+
+def test_few_steps_and_their_picture_comes_back(
+    ldm: Ldm, model: Path, tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    """With the steps and guidance that --lcm stands for, beside a style; without it as before."""
+    import torch
+
+    from ldm_pipeline.lora.files import save
+    from ldm_pipeline.lora.inject import inject
+    from ldm_pipeline.lora.targets import LoraSettings
+
+    adapter = inject({"unet": tiny()["unet"]}, LoraSettings(["mid_block"]), seed=0)
+    with torch.no_grad():
+        for parameter in adapter.parameters.values():
+            parameter.add_(0.3)
+    file = save(tmp_path / "few steps", adapter.weights())
+    words = ["generate", "a red star", "--model", str(model), "--seed", "3"]
+
+    def drawn(name: str, *flags: str) -> bytes:
+        code, out, err = ldm(*words, *flags, "-o", name)
+        assert (code, out) == (0, f"{name}\n"), err
+        with Image.open(name) as picture:
+            return picture.tobytes()
+
+    few = drawn("few.png", "--lcm", str(file.parent))
+    assert drawn("told.png", "--lcm", str(file), "--steps=4", "--guidance=1") == few
+    assert drawn("other.png", "--sampler=lcm", "--steps=4", "--guidance=1") != few
+    assert drawn("both.png", "--lcm", str(file), "--lora", f"{file}:0.5") != few
+    for name in ("few.png", "both.png"):
+        assert redraw(ldm, Path(name), Path("again.png")) == Path(name).read_bytes()
+    code, out, err = ldm(*words, "--lcm")
+    assert (code, out) == (2, "")
+    assert "there is no few-step adapter for this model here" in err

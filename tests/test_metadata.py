@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import subprocess
 from dataclasses import replace
@@ -110,3 +111,18 @@ def test_a_file_that_is_no_picture_is_one_clear_error(contents: bytes, tmp_path:
     (tmp_path / "a.png").write_bytes(contents)
     with pytest.raises(UserError, match=r"a\.png"):
         read_recipe(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("lcm", ["", "few steps.safetensors", "--steps 0"])
+def test_few_steps_survive_the_file_and_the_shell(lcm: str) -> None:
+    recipe = replace(PLAIN, lcm=lcm)
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    assert "lcm" not in PLAIN.to_json()
+    parser = Parser("ldm generate", "")
+    add_arguments(parser)
+    args = parser.parse(shlex.split(recipe.command("a.png"))[2:])
+    assert args.lcm == (lcm or True)
+    assert tuple(args.prompt) == recipe.prompts
+    assert "Sampler: LCM" in recipe.settings()
+    with pytest.raises(ValueError, match="text"):
+        Recipe.from_json(recipe.to_json().replace(f'"lcm": {json.dumps(lcm)}', '"lcm": 3'))

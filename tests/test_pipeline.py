@@ -14,6 +14,7 @@ from PIL import Image
 from ldm_pipeline import LatentDiffusionPipeline
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.request import SAMPLER_NAMES
+from ldm_pipeline.running import Run, under_way
 
 PROMPTS = [
     "a red star",
@@ -346,3 +347,18 @@ def test_parts_alone(components: dict[str, Any]) -> None:
         drawing("a red star")
     with pytest.raises(UserError, match="no unet"):
         texts("a red star")
+
+
+def test_runs_with_the_same_values_are_two(ours: Any) -> None:
+    """A second thread's run may hold tensors, of which nobody can ask whether they are equal."""
+    first, second = (Run(prompt_embeds=torch.ones(2, 2)) for _ in range(2))
+    with under_way(ours, first), ThreadPoolExecutor(1) as pool:
+
+        def elsewhere() -> bool:
+            with under_way(ours, second):
+                pass
+            with under_way(ours, second):
+                return bool(ours._interrupt)
+
+        assert pool.submit(elsewhere).result() is False
+    assert first != second

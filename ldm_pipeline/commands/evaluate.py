@@ -6,11 +6,13 @@ import argparse
 from pathlib import Path
 
 from ldm_pipeline.commands.generate import (
-    GUIDANCE,
     add_model_arguments,
+    add_step_arguments,
+    check_lcm,
     check_place,
     in_flags,
     pick_device,
+    settle_steps,
 )
 from ldm_pipeline.commands.outputs import check_folder
 from ldm_pipeline.commands.sources import find, open_pipeline
@@ -25,8 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--prompts", type=int, default=500, help="prompts for each figure (%(default)s)")
     add("--seed", type=int, default=0, help="the first picture's seed (%(default)s)")
-    add("--steps", type=int, default=25, help="denoising steps (%(default)s)")
-    add("--guidance", type=float, default=GUIDANCE, help="how strongly to follow (%(default)s)")
+    add_step_arguments(parser)
     add("--batch-size", type=int, default=16, help="pictures drawn at once (%(default)s)")
     add("--out", type=Path, metavar="DIR", help="also write the figures as JSON and a grid there")
     add_model_arguments(parser)
@@ -38,13 +39,16 @@ def run(args: argparse.Namespace) -> None:
         if getattr(args, name) < 1:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag}={getattr(args, name)} must be at least 1")
+    settle_steps(args)
     with in_flags():
         Request(
             prompt="a red star",
             num_inference_steps=args.steps,
             guidance_scale=args.guidance,
             seed=args.seed,
+            lcm=args.lcm,
         )
+    check_lcm(args.lcm)
     check_place(args.device, args.dtype)
     if args.out is not None:
         check_folder(args.out)
@@ -61,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
         seed=args.seed,
         steps=args.steps,
         guidance=args.guidance,
+        lcm=args.lcm,
         batch_size=args.batch_size,
         out=args.out,
     )

@@ -23,8 +23,9 @@ from ldm_pipeline.commands.outputs import check_picture
 from ldm_pipeline.commands.sources import BUNDLED, find, open_pipeline
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.lora.files import check_weight, inspect
+from ldm_pipeline.lora.notes import read_note
 from ldm_pipeline.metadata import Recipe, installed_versions, save_png
-from ldm_pipeline.request import SAMPLER_NAMES, Request
+from ldm_pipeline.request import LCM_GUIDANCE, LCM_STEPS, SAMPLER_NAMES, Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -35,8 +36,10 @@ PURPOSE = "draw pictures from words"
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+STEPS = 25
+"""Denoising steps, unless --steps or --lcm says otherwise."""
 GUIDANCE = 4.0
-"""How strongly pictures follow the words, unless --guidance says otherwise."""
+"""How strongly pictures follow the words, unless --guidance or --lcm says otherwise."""
 
 FLAGS = {
     "num_inference_steps": "--steps",
@@ -76,13 +79,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="the first picture's seed, from which the next ones count on (random)",
     )
-    add("--steps", type=int, default=25, help="denoising steps (%(default)s)")
-    add(
-        "--guidance",
-        type=float,
-        default=GUIDANCE,
-        help="how strongly to follow the words (%(default)s)",
-    )
+    add_step_arguments(parser)
     add("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLER_NAMES)} (the model's own)")
     add("--height", type=int, help="pixels, a multiple of 8 (the model's own)")
     add("--width", type=int, help="pixels, a multiple of 8 (the model's own)")
@@ -95,6 +92,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     add("--quiet", action="store_true", help="print nothing but the files' names")
+
+
+def add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how many steps are drawn and how; `evaluate` takes the same."""
+    add = parser.add_argument
+    add("--steps", type=int, help=f"denoising steps ({STEPS}; {LCM_STEPS} with --lcm)")
+    add(
+        "--guidance",
+        type=float,
+        help=f"how strongly to follow the words ({GUIDANCE}; {LCM_GUIDANCE} with --lcm)",
+    )
+    add(
+        "--lcm",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE",
+        help="few steps, with the LCM adapter in FILE (the bundled model's own)",
+    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -111,8 +127,10 @@ def run(args: argparse.Namespace) -> None:
     if not prompts:
         raise UserError('nothing to draw: give a prompt, as in ldm generate "a red star"')
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
+    settle_steps(args)
     check_drawing(args, prompts, seed)
     loras = read_loras(args.lora)
+    check_lcm(args.lcm)
     jobs = plan(args, prompts, seed)
     source = find(args.model)
     say: Say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
@@ -140,9 +158,11 @@ def run(args: argparse.Namespace) -> None:
         n=args.n,
         grid=args.grid,
         loras=loras,
+        lcm="" if args.lcm is True else args.lcm or None,
         versions=installed_versions(),
     )
-    say(f"seed {seed}, {args.steps} steps, {args.sampler or 'own sampler'}, {device} {dtype}")
+    sampler = "lcm" if args.lcm else args.sampler or "own sampler"
+    say(f"seed {seed}, {args.steps} steps, {sampler}, {device} {dtype}")
     began = time.perf_counter()
     pictures = draw(pipeline, jobs, args, say)
     if args.grid:
@@ -172,6 +192,7 @@ def check_drawing(args: argparse.Namespace, prompts: Sequence[str], seed: int) -
             height=args.height,
             width=args.width,
             seed=seed,
+            lcm=args.lcm,
         )
     check_place(args.device, args.dtype)
 
@@ -193,6 +214,22 @@ def check_place(device: str, dtype: str) -> None:
     choose("--device", kind, DEVICES)
     if colon and not (index.isdecimal() and kind not in ("auto", "cpu")):
         raise UserError(f"--device={device!r} is not known; name one as in cuda:1")
+
+
+def settle_steps(args: argparse.Namespace) -> None:
+    """Put what was not named in place: steps and guidance are others with --lcm."""
+    if args.steps is None:
+        args.steps = LCM_STEPS if args.lcm else STEPS
+    if args.guidance is None:
+        args.guidance = LCM_GUIDANCE if args.lcm else GUIDANCE
+
+
+def check_lcm(lcm: bool | str) -> None:
+    """Refuse what --lcm names where that is no LCM adapter."""
+    if isinstance(lcm, str):
+        if not Path(lcm).exists():
+            raise UserError(f"--lcm={lcm}: there is no such file; a prompt stands before --lcm")
+        read_note(lcm)
 
 
 def read_loras(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
@@ -314,6 +351,7 @@ def draw(
                 height=args.height,
                 width=args.width,
                 seed=job.seed,
+                lcm=args.lcm,
             )
         except OutOfMemoryError as error:
             raise UserError(

@@ -10,8 +10,17 @@ samplers    DDIM, DDPM, Euler, ancestral Euler and LCM as one equation; the tabl
 solvers     Heun and DPM-Solver++(2M)
 loop        the one sampling loop
 losses      the training loss
+consistency the distillation of few-step students
 """
 
+from ldm_pipeline.diffusion.consistency import (
+    SOLVERS,
+    ConsistencyFunction,
+    consistency_errors,
+    consistency_function,
+    guided_each,
+    neighbours,
+)
 from ldm_pipeline.diffusion.course import Course, GridSampler, NativeSampler, Sampler
 from ldm_pipeline.diffusion.denoiser import Denoiser, Guidance, Network, guided, make_denoiser
 from ldm_pipeline.diffusion.gaussian import Gaussian
@@ -40,8 +49,10 @@ __all__ = [
     "NATIVE_SAMPLERS",
     "PREDICTION_TYPES",
     "SAMPLERS",
+    "SOLVERS",
     "WEIGHTINGS",
     "Consistency",
+    "ConsistencyFunction",
     "Course",
     "DPMSolverPP2M",
     "Denoiser",
@@ -62,12 +73,16 @@ __all__ = [
     "Stop",
     "boundary_scalings",
     "coarse_noise",
+    "consistency_errors",
+    "consistency_function",
     "denoising_errors",
     "denoising_loss",
     "guided",
+    "guided_each",
     "interpret",
     "loss_weights",
     "make_denoiser",
+    "neighbours",
     "run",
     "target",
 ]

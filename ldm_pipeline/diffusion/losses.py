@@ -97,6 +97,11 @@ def denoising_errors(
     penalty = (output.to(dtype) - wanted.to(dtype)).square()
     if huber is not None:
         penalty = 2 * huber * ((penalty + huber**2).sqrt() - huber)
+    return mean_over(penalty, mask)
+
+
+def mean_over(penalty: Tensor, mask: Tensor | None = None) -> Tensor:
+    """The mean of a penalty [B, C, h, w] for each sample, [B], over what a mask covers."""
     if mask is None:
         return penalty.flatten(1).mean(dim=1)
     covered = (penalty.mean(dim=1, keepdim=True) * mask).flatten(1).sum(dim=1)

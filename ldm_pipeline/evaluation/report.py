@@ -85,13 +85,15 @@ def evaluate(
     seed: int = 0,
     steps: int = 25,
     guidance: float = 7.5,
+    lcm: bool | str = False,
     batch_size: int = 16,
     out: Path | None = None,
 ) -> Report:
     """Draw `prompts` prompts of each split (fewer unseen pairs) and count what came out right.
 
-    `pipeline` is a LatentDiffusionPipeline for 128 x 128 pictures. Picture i is drawn with
-    `seed` + i. With `out`, `report.json` and `grid.png` (failures first) are written there.
+    `pipeline` is a LatentDiffusionPipeline for 128 x 128 pictures, which takes `lcm`. Picture i is
+    drawn with `seed` + i. With `out`, `report.json` and `grid.png` (failures first) are written
+    there.
     """
     tested = [World(seed, "test")[i] for i in range(prompts)]
     unseen = [World(seed, "unseen pairs")[i] for i in range(max(1, round(prompts * UNSEEN_SHARE)))]
@@ -106,6 +108,7 @@ def evaluate(
                     [sample.caption for sample in some],
                     num_inference_steps=steps,
                     guidance_scale=guidance,
+                    lcm=lcm,
                     seed=[seed + first + i for i in range(len(some))],
                     output_type="np",
                 ).images
@@ -124,7 +127,14 @@ def evaluate(
         shares["caption among 100, half of them hard"] = caption_accuracy(
             folder, min(prompts, 300), seed
         )
-    settings = {"prompts": prompts, "seed": seed, "steps": steps, "guidance": guidance}
+    settings: dict[str, Any] = {
+        "prompts": prompts,
+        "seed": seed,
+        "steps": steps,
+        "guidance": guidance,
+    }
+    if lcm:
+        settings["lcm"] = str(lcm)
     report = Report(shares, reconstruction_psnr(pipeline.vae, RECONSTRUCTED, seed), settings)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -37,13 +37,34 @@ def attach(
     that does not fit, with counts of its keys; the pipeline is then exactly as it was.
     """
     models = networks(pipe)
-    loaded = []
     for path, weight in files:
         check_weight(path, weight)
+    names = put(pipe, models, [path for path, _ in files])
+    strengths = {name: weight for name, (_, weight) in zip(names, files, strict=True) if weight}
+    for model in models.values():
+        if has_adapters(model):
+            set_weights_and_activate_adapters(model, list(strengths), list(strengths.values()))
+    return names
+
+
+def put(
+    pipe: Pipeline,
+    models: Mapping[str, nn.Module],
+    files: Sequence[str | os.PathLike[str]],
+    refusal: str | None = None,
+) -> tuple[str, ...]:
+    """Load LoRA files into `models` (by component); which are active is left to the caller.
+
+    Returns the adapters' names. Raises `UserError`, nothing changed, for a file that cannot be read
+    and for one that does not fit, in the words of `refusal` where there is one.
+    """
+    loaded = []
+    for path in files:
         weights = load(path)
         found = fit(weights, models)
         if not found:
-            raise UserError(f"{path} does not fit this model: {found}; another model's LoRA?")
+            told = f"{path} does not fit this model: {found}; another model's LoRA?"
+            raise UserError(refusal or told)
         loaded.append(weights)
     names = _free_names(models, len(files))
     active = _active(models)
@@ -57,10 +78,6 @@ def attach(
         for layer, before in active.items():
             layer.set_adapter(before)
         raise
-    strengths = {name: weight for name, (_, weight) in zip(names, files, strict=True) if weight}
-    for model in models.values():
-        if has_adapters(model):
-            set_weights_and_activate_adapters(model, list(strengths), list(strengths.values()))
     return names
 
 

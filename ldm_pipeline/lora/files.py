@@ -61,11 +61,13 @@ class LoraWeights:
 
 @dataclass(frozen=True)
 class Header:
-    """A LoRA file's header: the keys with their shapes, and the metadata of each component."""
+    """A LoRA file's header: the keys with their shapes, the metadata of each component, and all
+    texts as they stand."""
 
     path: Path
     shapes: Mapping[str, tuple[int, ...]]
     metadata: Mapping[str, Mapping[str, Any]]
+    texts: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,7 @@ def inspect(path: str | os.PathLike[str]) -> Header:
         )
     if len({parse(key) for key in entries}) < len(entries):
         raise UserError(f"{file} holds some of its tensors twice, in two spellings")
-    header = Header(file, entries, _metadata(file, found.texts))
+    header = Header(file, entries, _metadata(file, found.texts), found.texts)
     for component, fields in header.metadata.items():
         start = fields.get("init_lora_weights")
         if start not in HARMLESS_STARTS:
@@ -230,8 +232,10 @@ def fit(weights: LoraWeights, models: Mapping[str, nn.Module]) -> Fit:
 # Writing ----------------------------------------------------------------------------------------
 
 
-def save(place: Path, weights: LoraWeights) -> Path:
+def save(place: Path, weights: LoraWeights, notes: Mapping[str, str] | None = None) -> Path:
     """Write a LoRA file that stock diffusers loads, and return its path.
+
+    `notes` go into the header beside what decides the weights' meaning; `inspect` reads them.
 
     `place` is a folder, made if need be, or a path that ends in .safetensors. The file appears
     whole or not at all, also where the process is killed or the power fails. Raises `UserError`,
@@ -257,7 +261,11 @@ def save(place: Path, weights: LoraWeights) -> Path:
         for component, layout in weights.layouts.items()
         for name, value in layout.peft_fields().items()
     }
-    metadata = {"format": "pt", METADATA: json.dumps(fields, indent=2, sort_keys=True)}
+    metadata = {
+        **(notes or {}),
+        "format": "pt",
+        METADATA: json.dumps(fields, indent=2, sort_keys=True),
+    }
     file = place if place.suffix == ".safetensors" else place / FILE_NAME
     _write_whole(file, _in_order(serialise(tensors, metadata)))
     return file

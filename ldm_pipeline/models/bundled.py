@@ -13,6 +13,12 @@ from ldm_pipeline.errors import UserError
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 
 
+def few_step_adapter() -> Path | None:
+    """The folder of the bundled model's LCM adapter; None where this installation has none."""
+    place = ASSETS / "lcm"
+    return place if place.is_dir() else None
+
+
 def folder() -> Path:
     """The folder of the bundled model; `UserError` where this installation has none."""
     if not (ASSETS / "model_index.json").is_file():

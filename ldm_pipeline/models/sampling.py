@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from ldm_pipeline.diffusion.course import Course, NativeSampler, Sampler, skipped
-from ldm_pipeline.diffusion.samplers import SAMPLERS, Renoise
+from ldm_pipeline.diffusion.samplers import SAMPLERS, Consistency, Renoise
 from ldm_pipeline.diffusion.schedule import CLEAN, Schedule
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models.schedulers import StockSampler, stock_sampler
@@ -32,17 +32,20 @@ def choose_sampler(
     eta: float = 0.0,
     timesteps: Sequence[int] | None = None,
     sigmas: Sequence[float] | None = None,
+    consistency: Consistency | None = None,
 ) -> Sampler:
     """The sampler called `name`; None is `scheduler` itself, as a stock pipeline runs it.
 
     `eta` is for those that know it: DDIM, and stock schedulers that accept one (called by name
     they keep their own default unless it is above 0). Custom `timesteps` or `sigmas`, descending,
-    replace the sampler's own grid. Raises `UserError` where a stock scheduler takes neither.
+    replace the sampler's own grid. `consistency` is what "lcm" means, unless it is the default.
+    Raises `UserError` where a stock scheduler takes neither.
     """
     chosen_timesteps = tuple(timesteps) if timesteps is not None else None
     chosen_sigmas = tuple(sigmas) if sigmas is not None else None
     if name in SAMPLERS:
-        native = Renoise.ddim(eta) if name == "ddim" else SAMPLERS[name]
+        told = {"ddim": Renoise.ddim(eta), "lcm": consistency or SAMPLERS["lcm"]}
+        native = told.get(name, SAMPLERS[name])
         if chosen_timesteps is None and chosen_sigmas is None:
             return native
         assert isinstance(native, NativeSampler)

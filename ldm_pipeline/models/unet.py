@@ -12,7 +12,8 @@ Legend
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +63,13 @@ def bind(
             return call(x, t)
 
     return network
+
+
+@contextmanager
+def adapters_at_rest() -> Iterator[None]:
+    """Within the block no call on an adapted UNet is under way; nothing may be drawn in it."""
+    with _adapted:
+        yield
 
 
 def guidance_embedding(w: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:

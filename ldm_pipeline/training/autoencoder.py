@@ -74,6 +74,16 @@ class AutoencoderConfig(TrainingConfig):
     around_things: Fraction = Field(
         default=0.75, description="share of crops that hold a thing: plain ground is soon learnt"
     )
+    decoder_only: bool = Field(
+        default=False,
+        description="leave the encoder as begin_from has it, and so the latents what they are",
+    )
+
+    @model_validator(mode="after")
+    def _begun(self) -> Self:
+        if self.decoder_only and self.begin_from is None:
+            raise ValueError("decoder_only=true needs begin_from: whose latents should it read?")
+        return self
 
 
 class AutoencoderObjective(nn.Module):
@@ -99,6 +109,9 @@ class AutoencoderObjective(nn.Module):
             _begin_well(self.vae)
         else:
             take_weights(self.vae, config.begin_from)
+        if config.decoder_only:
+            for part in (self.vae.encoder, self.vae.quant_conv):
+                part.requires_grad_(False)
 
     def batch(self, positions: range) -> Batch:
         """Random crops [B, 3, crop, crop] and the latent noise of each."""

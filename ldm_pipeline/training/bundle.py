@@ -107,8 +107,10 @@ artwork and no text by other people took part.
     accelerate launch train/train_unet.py --config configs/unet_tiny.yaml
 
 On two CPU cores, in several sittings that each went on from the weights before (`--begin_from`).
-The autoencoder saw 82,000 crops of 64 x 64 pixels, CLIP 115,000 pictures with three false captions
-each, the UNet 71,000 samples (2230 steps of 32, `--optimiser.cooldown_steps 900`).
+The autoencoder saw 229,000 crops of 64 x 64 pixels, CLIP 115,000 pictures with three false captions
+each, the UNet 276,000 samples in batches of 32: 71,000 on latents of an earlier autoencoder, and
+205,000 on those of this one, the first 59,000 of which counted places with things four times, which
+made things grow into blots and is no longer done.
 
 ## Figures
 

@@ -135,6 +135,20 @@ class Captioned:
         order = np.random.default_rng([self.seed, 10]).permutation(len(self.held_out))
         return [self.held_out[i] for i in order[: self.settings.measured]]
 
+    @property
+    def side(self) -> int:
+        """Of the square that has a picture's area, in pixels."""
+        return self.settings.resolution
+
+    @property
+    def cache(self) -> Path:
+        """The folder of what is encoded once."""
+        return self.settings.cache
+
+    def latents(self, vae: AutoencoderKL, share: Share) -> Cache:
+        """Mean, std and mask of every sample's latents; see `cached_latents`."""
+        return cached_latents(self, vae, share)
+
     def every(self) -> list[Sample]:
         """All samples, those of validation and regularisation too."""
         return [*self.samples, *self.held_out, *self.kept]

@@ -15,7 +15,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import (
@@ -199,8 +199,8 @@ def _described(section: type[BaseModel], prefix: str = "") -> list[str]:
     """A line for each field of a section: its flag, default, and what it is for."""
     lines = []
     for name, field in section.model_fields.items():
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
+        inner = _section(field.annotation)
+        if inner is not None:
             lines += _described(inner, f"{prefix}{name}.")
             continue
         default = "required" if field.is_required() else repr(field.default)
@@ -232,8 +232,16 @@ def _keys_beside(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str
     """The keys that the section at loc[:-1] knows."""
     for part in loc[:-1]:
         field = model.model_fields.get(str(part))
-        inner = field.annotation if field else None
-        if not (isinstance(inner, type) and issubclass(inner, BaseModel)):
+        inner = _section(field.annotation) if field else None
+        if inner is None:
             return []
         model = inner
     return list(model.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel] | None:
+    """The group of settings that a field holds, always or perhaps; None for other fields."""
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None

@@ -44,10 +44,10 @@ from ldm_pipeline.training.tracking import check_tracker, keep_picture, start_tr
 from ldm_pipeline.training.updates import (
     Gradients,
     Guard,
-    MovingAverage,
     build_optimiser,
     learning_rate,
     leave_out,
+    moving_average,
     optimiser_state,
     restore_optimiser,
     skips_on_the_device,
@@ -113,7 +113,7 @@ class _Run:
         optimiser = build_optimiser(list(self.trained.values()), config.optimiser)
         self.optimiser: Any = self.accelerator.prepare_optimizer(optimiser)
         self.optimiser.train()
-        self.average = MovingAverage(self.trained, config.optimiser.ema_decay)
+        self.average = moving_average(objective, self.trained, config.optimiser.ema_decay)
         self.checkpoints = run.out / "checkpoints"
         self.forward = torch.compile(self.module) if run.compile else self.module
         self.accumulation = run.accumulation

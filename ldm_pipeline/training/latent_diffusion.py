@@ -4,7 +4,6 @@ Legend
     z        clean latents [B, 4, h, w], drawn anew from the cached mean and std at each step
     eps, t   noise and level of each sample;  x = alpha(t) z + sigma(t) eps
     embeds   text embeddings [B, L, C]; a dropped caption is the empty text (2207.12598)
-    weights  how much each place counts [B, 1, h, w], 1 for background
 
 Position p of the run is picture p of an endless sequence of shuffled passes over the cached
 pictures; its caption is worded anew in each pass.
@@ -12,14 +11,12 @@ pictures; its caption is worded anew in each pass.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Self
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -31,8 +28,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ldm_pipeline.data.cache import Cache, Entry, Share, fill, key_of
-from ldm_pipeline.data.world import World, caption_of, held_out_caption, masks
+from ldm_pipeline.data.cache import Share
+from ldm_pipeline.data.world import World
 from ldm_pipeline.diffusion.losses import Loss, denoising_errors, denoising_loss
 from ldm_pipeline.diffusion.schedule import Schedule
 from ldm_pipeline.errors import UserError
@@ -51,7 +48,14 @@ from ldm_pipeline.training.levels import LevelSettings
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.ranks import Ranks, launched
 from ldm_pipeline.training.start import precision, take_weights
-from ldm_pipeline.training.world_data import WorldSettings, as_tensor, noise_of
+from ldm_pipeline.training.world_data import (
+    CachedWorldSettings,
+    as_tensor,
+    cached_latents,
+    fresh_caption,
+    key_at,
+    noise_of,
+)
 
 PREDICTS = "v_prediction"
 
@@ -90,13 +94,6 @@ class UnetSettings(Settings):
         return self
 
 
-class CachedWorldSettings(WorldSettings):
-    """Which pictures are encoded, and where their latents are kept."""
-
-    pictures: Positive = 32_000
-    cache: Path = Path("cache")
-
-
 class LatentDiffusionConfig(TrainingConfig):
     """Everything that `train/train_unet.py` reads."""
 
@@ -108,11 +105,6 @@ class LatentDiffusionConfig(TrainingConfig):
     data: CachedWorldSettings = CachedWorldSettings()
     levels: LevelSettings = LevelSettings()
     caption_dropout: Fraction = 0.1
-    thing_weight: PositiveFloat = Field(
-        default=4.0,
-        description="how much a place that a thing touches counts beside the background's 1: most "
-        "things are small, and their outlines would hardly weigh",
-    )
     min_snr_gamma: PositiveFloat | None = Field(
         default=None, description="min-SNR weights (2303.09556), capped here; 5 is usual"
     )
@@ -149,14 +141,12 @@ class LatentDiffusionObjective(nn.Module):
     def batch(self, positions: range) -> Batch:
         """Latents, tokens, noise and levels of these positions."""
         n, seed = self.config.data.pictures, self.config.run.seed
-        indices, captions, levels, weights = [], [], [], []
+        indices, captions, levels = [], [], []
         for position in positions:
             index = int(_order(n, seed, position // n)[position % n])
             rng = np.random.default_rng([seed, 3, position])
             indices.append(index)
             captions.append(self._caption(index, rng))
-            touched = _touched(self.world, index, *self.mean.shape[2:])
-            weights.append(1 + (self.config.thing_weight - 1) * touched)
             levels.append(self.config.levels.draw(rng, self.schedule.num_train_timesteps))
         shape = self.mean.shape[1:]
         mean, std = self.mean[indices].float(), self.std[indices].float()
@@ -166,11 +156,14 @@ class LatentDiffusionObjective(nn.Module):
             "eps": noise[:, 1],
             "t": torch.tensor(levels),
             "tokens": tokenise(self.tokenizer, captions, warn=False).input_ids,
-            "weights": torch.stack(weights)[:, None],
         }
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The denoising loss (2006.11239, eq. 14) of v-predictions (2202.00512)."""
+        """The denoising loss (2006.11239, eq. 14) of v-predictions (2202.00512).
+
+        Every place counts alike. With 4 times the weight where a thing is, the network answers with
+        a mean that is weighted so, too, wherever it is not sure yet: things grew into large blots.
+        """
         embeds = self.text_encoder(batch["tokens"])[0]
         loss = denoising_loss(
             bind(self.unet, embeds),
@@ -180,7 +173,6 @@ class LatentDiffusionObjective(nn.Module):
             batch["eps"],
             batch["t"],
             self.loss,
-            mask=batch["weights"],
         )
         return {"loss": loss}
 
@@ -231,35 +223,14 @@ class LatentDiffusionObjective(nn.Module):
         """A fresh wording of picture `index`, none of the held-out ones, or the empty text."""
         if rng.random() < self.config.caption_dropout:
             return ""
-        scene, _, caption = self.world.told(index)
-        worded = caption_of(scene, rng, held_out=False)
-        chosen = worded[1] if worded is not None else caption
-        assert not held_out_caption(chosen)
-        return chosen
+        return fresh_caption(self.world, index, rng)
 
-    @torch.no_grad()
     def _cached(self) -> tuple[Tensor, Tensor]:
-        """Mean and std of all pictures' latents, scaled to unit variance, float16."""
-        vae, data = self._vae[0], self.config.data
-        device = self._device
-        vae.to(device)
-
-        def encode(indices: Sequence[int]) -> list[Entry]:
-            pictures = as_tensor([self.world[i].picture for i in indices]).to(device)
-            with torch.autocast(device.type, torch.bfloat16, self._precision == "bf16"):
-                mean, std = autoencoder.encode(vae, pictures)
-            halves = zip(mean.half().cpu(), std.half().cpu(), strict=True)
-            return [{"mean": m, "std": s} for m, s in halves]
-
-        key = key_of(
-            vae.state_dict(), vae.config.scaling_factor, self._precision, "world", data.seed
-        )
-        ranks = Ranks(launched())
+        """Mean and std of all pictures' latents; see `cached_latents`."""
+        data, ranks = self.config.data, Ranks(launched())
         share = Share(ranks.index, ranks.count, ranks.told)
-        cache = Cache(data.cache / key)
-        keys = [f"{index:08d}" for index in range(data.pictures)]
-        fill(cache, keys, encode, share)
-        entries = [cache[key] for key in keys]
+        cache = cached_latents(data, self._vae[0].to(self._device), self._precision, share)
+        entries = [cache[key_at(index)] for index in range(data.pictures)]
         return torch.stack([e["mean"] for e in entries]), torch.stack([e["std"] for e in entries])
 
 
@@ -286,14 +257,6 @@ def _unet(settings: UnetSettings, text_channels: int, dtype: str) -> UNet2DCondi
 def _order(n: int, seed: int, epoch: int) -> np.ndarray:
     """The order in which pass `epoch` goes through `n` pictures."""
     return np.random.default_rng([seed, 4, epoch]).permutation(n)
-
-
-@lru_cache(maxsize=100_000)
-def _touched(world: World, index: int, height: int, width: int) -> Tensor:
-    """1 at each place of picture `index`'s latents that a thing touches, else 0; [h, w]."""
-    scene, _, _ = world.told(index)
-    covered = torch.from_numpy(masks(scene).any(axis=0)).float()
-    return F.adaptive_max_pool2d(covered[None], (height, width))[0]
 
 
 def _stack(samples: list) -> Tensor:

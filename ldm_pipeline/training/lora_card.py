@@ -13,17 +13,25 @@ DRAWN_BY_LDM = "stable-diffusion"
 """The family that `ldm generate` draws with."""
 
 
-def model_card(config: TrainingConfig, base: str, samples: int, pictures: bool, tag: str) -> str:
+def model_card(
+    config: TrainingConfig,
+    base: str,
+    samples: int,
+    pictures: bool,
+    tag: str,
+    use: str | None = None,
+) -> str:
     """The card's Markdown: `samples` pictures taught it, `pictures` says whether some are shown.
 
-    `tag` is the family of models that it is for, as the hub calls it.
+    `tag` is the family of models that it is for, as the hub calls it; `use` how to draw with it,
+    where that is not the way of every LoRA.
     """
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     shown = f"![drawn without and with the adapter]({PICTURES})\n\n" if pictures else ""
     return CARD.format(
         base=base, samples=samples, steps=config.run.steps, batch=config.run.batch_size,
         shown=shown, config=resolved, tag=tag,
-        use=(BOTH if tag == DRAWN_BY_LDM else STOCK).format(base=base, name=FILE_NAME),
+        use=use or (BOTH if tag == DRAWN_BY_LDM else STOCK).format(base=base, name=FILE_NAME),
     )  # fmt: skip
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import PIL.Image
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from ldm_pipeline.training.updates import MovingAverage
 
 Batch = dict[str, Any]
 """Tensors by name, [B, …]; lists and dictionaries of such may lie inside."""
@@ -66,6 +69,15 @@ class Sharing(Protocol):
     @property
     def shared(self) -> nn.Module:
         """The network."""
+        ...
+
+
+@runtime_checkable
+class Averaging(Protocol):
+    """An objective that looks at the moving average of its weights while it trains."""
+
+    def take_average(self, average: MovingAverage) -> None:
+        """Be shown the average; it goes on moving."""
         ...
 
 

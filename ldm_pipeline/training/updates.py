@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.training.config import OptimiserSettings
+from ldm_pipeline.training.objective import Averaging
 
 MOST_MEASURES = 16
 
@@ -222,3 +223,13 @@ class MovingAverage:
             finally:
                 for name, p in self.parameters.items():
                     p.copy_(kept[name])
+
+
+def moving_average(
+    objective: nn.Module, trained: Mapping[str, nn.Parameter], decay: float
+) -> MovingAverage:
+    """The moving average of what is trained, which the objective is shown if it looks at it."""
+    average = MovingAverage(trained, decay)
+    if isinstance(objective, Averaging):
+        objective.take_average(average)
+    return average

@@ -6,18 +6,31 @@ world's "train" split, so no picture comes twice.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from torch import Tensor
 
-from ldm_pipeline.data.world import World
-from ldm_pipeline.training.config import NonNegative, Settings
+from ldm_pipeline.data.cache import Cache, Entry, Share, fill, key_of
+from ldm_pipeline.data.world import World, caption_of, held_out_caption
+from ldm_pipeline.models import autoencoder
+from ldm_pipeline.training.config import NonNegative, Positive, Settings
 
 
 class WorldSettings(Settings):
     """Which world the samples come from."""
 
     seed: NonNegative = 0
+
+
+class CachedWorldSettings(WorldSettings):
+    """Which pictures are encoded, and where their latents are kept."""
+
+    pictures: Positive = 32_000
+    cache: Path = Path("cache")
 
 
 def as_tensor(pictures: list[np.ndarray]) -> Tensor:
@@ -43,3 +56,47 @@ def noise_of(positions: range, shape: tuple[int, ...], seed: int) -> Tensor:
         generator.manual_seed((position + seed * 0x9E3779B1) % 2**32)
         rows.append(torch.randn(shape, generator=generator))
     return torch.stack(rows)
+
+
+def fresh_caption(world: World, index: int, rng: np.random.Generator) -> str:
+    """A new wording of picture `index`, none of the held-out ones."""
+    scene, _, caption = world.told(index)
+    worded = caption_of(scene, rng, held_out=False)
+    chosen = worded[1] if worded is not None else caption
+    assert not held_out_caption(chosen)
+    return chosen
+
+
+def key_at(index: int, split: str = "train") -> str:
+    """The key of picture `index` in a cache of latents."""
+    return f"{index:08d}" if split == "train" else f"{split} {index:08d}"
+
+
+def cached_latents(
+    settings: CachedWorldSettings,
+    vae: AutoencoderKL,
+    precision: str,
+    share: Share,
+    held_out: int = 0,
+) -> Cache:
+    """Mean and std of the latents of the train split's first `settings.pictures` and the test
+    split's first `held_out` pictures, under `key_at`: scaled to unit variance, float16.
+
+    The autoencoder stays where it is, and computes in bfloat16 where `precision` is "bf16".
+    """
+    places = [(World(settings.seed), i) for i in range(settings.pictures)]
+    places += [(World(settings.seed, "test"), i) for i in range(held_out)]
+
+    @torch.no_grad()
+    def encode(indices: Sequence[int]) -> list[Entry]:
+        told = (places[i] for i in indices)
+        pictures = as_tensor([world[index].picture for world, index in told]).to(vae.device)
+        with torch.autocast(vae.device.type, torch.bfloat16, precision == "bf16"):
+            mean, std = autoencoder.encode(vae, pictures)
+        halves = zip(mean.half().cpu(), std.half().cpu(), strict=True)
+        return [{"mean": m, "std": s} for m, s in halves]
+
+    facts = vae.config.scaling_factor, precision, "world", settings.seed
+    cache = Cache(settings.cache / key_of(vae.state_dict(), *facts))
+    fill(cache, [key_at(index, world.split) for world, index in places], encode, share)
+    return cache

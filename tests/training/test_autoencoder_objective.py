@@ -34,6 +34,25 @@ def test_the_laws_of_objectives(objective: AutoencoderObjective) -> None:
     laws.everything_trained_has_a_gradient(objective)
 
 
+def test_a_decoder_alone_is_trained_on_latents_that_stay(
+    autoencoder_config: AutoencoderConfig, autoencoder_folder: Path
+) -> None:
+    told = {"begin_from": autoencoder_folder, "decoder_only": True}
+    objective = AutoencoderObjective(autoencoder_config.model_copy(update=told))
+    laws.everything_trained_has_a_gradient(objective)
+    trained = {name.split(".")[1] for name, p in objective.named_parameters() if p.requires_grad}
+    assert trained == {"decoder", "post_quant_conv"}
+
+
+def test_a_decoder_alone_needs_the_encoder_that_it_reads(
+    autoencoder_config: AutoencoderConfig,
+) -> None:
+    with pytest.raises(ValueError, match="decoder_only=true needs begin_from"):
+        AutoencoderConfig.model_validate(
+            {**autoencoder_config.model_dump(), "begin_from": None, "decoder_only": True}
+        )
+
+
 def test_samples_are_cut_from_the_world(objective: AutoencoderObjective) -> None:
     batch = objective.batch(range(3, 5))
     assert batch["x"].shape == (2, 3, 32, 32)

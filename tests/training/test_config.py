@@ -13,6 +13,7 @@ from ldm_pipeline.training.autoencoder import AutoencoderConfig
 from ldm_pipeline.training.clip import ClipConfig
 from ldm_pipeline.training.config import TrainingConfig, parse, write_yaml
 from ldm_pipeline.training.latent_diffusion import LatentDiffusionConfig
+from ldm_pipeline.training.lcm import LcmConfig
 from ldm_pipeline.training.lora import LoraConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
@@ -21,6 +22,7 @@ KINDS: dict[str, type[TrainingConfig]] = {
     "clip": ClipConfig,
     "unet": LatentDiffusionConfig,
     "lora": LoraConfig,
+    "lcm": LcmConfig,
 }
 SHIPPED = [p for p in sorted(CONFIGS.glob("*.yaml")) if "run" in yaml.safe_load(p.read_text())]
 

@@ -37,13 +37,14 @@ from ldm_pipeline.data import rows
 from ldm_pipeline.data.world import Description, Scene
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora import files
-from ldm_pipeline.training import clip
+from ldm_pipeline.training import clip, world_pictures
 from ldm_pipeline.training.autoencoder import AutoencoderConfig, AutoencoderObjective
 from ldm_pipeline.training.captioned import Captioned
 from ldm_pipeline.training.clip import ClipConfig, ClipObjective
 from ldm_pipeline.training.config import TrainingConfig
 from ldm_pipeline.training.engine import fit
 from ldm_pipeline.training.latent_diffusion import LatentDiffusionConfig, LatentDiffusionObjective
+from ldm_pipeline.training.lcm import LcmConfig, LcmObjective
 from ldm_pipeline.training.lora import LoraConfig, LoraObjective
 from tests.conftest import build, tiny_scheduler
 from tests.training.conftest import SmallWorld
@@ -91,18 +92,25 @@ def digest(value: Any) -> str:
     return repr(value)
 
 
+def open_model(source: str, dtype: torch.dtype) -> LatentDiffusionPipeline:
+    """Tiny components; the model "v" predicts v, the only other one noise."""
+    kind = {"prediction_type": "v_prediction"} if source == "v" else {}
+    return LatentDiffusionPipeline(**build(scheduler=tiny_scheduler(**kind))).to(dtype)
+
+
 def lora(config: LoraConfig) -> LoraObjective:
-    """The objective over tiny components; the model "v" predicts v, the only other one noise."""
-
-    def open_model(source: str, dtype: torch.dtype) -> LatentDiffusionPipeline:
-        kind = {"prediction_type": "v_prediction"} if source == "v" else {}
-        return LatentDiffusionPipeline(**build(scheduler=tiny_scheduler(**kind))).to(dtype)
-
+    """The objective over tiny components."""
     return LoraObjective(config, open_model)
+
+
+def lcm(config: LcmConfig) -> LcmObjective:
+    """The objective over tiny components."""
+    return LcmObjective(config, open_model)
 
 
 OBJECTIVES: dict[type[TrainingConfig], Callable[[Any], Any]] = {
     LoraConfig: lora,
+    LcmConfig: lcm,
     AutoencoderConfig: AutoencoderObjective,
     ClipConfig: ClipObjective,
     LatentDiffusionConfig: LatentDiffusionObjective,
@@ -139,20 +147,20 @@ def gradients(config: TrainingConfig) -> str:
     return digest({n: p.grad for n, p in built.named_parameters() if p.grad is not None})
 
 
-def samples(config: LoraConfig) -> list[Any]:
+def samples(config: Any) -> list[Any]:
     """The samples of a data set with how they are cut, those to train on and those held out."""
     data = Captioned(config.data, config.run.seed, config.run.batch_size)
     return [[(s.item, s.transform, s.key) for s in part] for part in (data.samples, data.held_out)]
 
 
-def words(config: LoraConfig) -> list[str]:
+def words(config: Any) -> list[str]:
     """Every text that a step may ask for."""
     return Captioned(config.data, config.run.seed, config.run.batch_size).texts()
 
 
-def recomputed(config: LoraConfig) -> int:
+def recomputed(config: TrainingConfig) -> int:
     """How often a block behind adapted ones is gone through in a step, forward and backward."""
-    built, count = lora(config), []
+    built, count = objective(config), []
     nn.Module.train(built)
     # Before it: what is computed again stops as soon as the backward has what it needs.
     built.unet.up_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: count.append(1))
@@ -160,15 +168,23 @@ def recomputed(config: LoraConfig) -> int:
     return len(count)
 
 
-def picture(config: LoraConfig) -> str:
+def picture(config: TrainingConfig) -> str:
     """What a validation shows."""
-    shown = lora(config).picture()
+    shown = objective(config).picture()
     return digest(None if shown is None else np.asarray(shown))
 
 
-def validation(config: LoraConfig) -> dict[str, float]:
+def validation(config: TrainingConfig) -> dict[str, float]:
     """What a validation measures."""
-    return lora(config).validate()
+    return dict(objective(config).validate())
+
+
+def learnt(config: TrainingConfig) -> str:
+    """What is trained, after two updates."""
+    shutil.rmtree(config.run.out, ignore_errors=True)
+    built = objective(config)
+    fit(built, config)
+    return digest({n: p for n, p in built.named_parameters() if p.requires_grad})
 
 
 def cached(config: TrainingConfig) -> list[str]:
@@ -254,6 +270,12 @@ BASE: dict[type[TrainingConfig], Values] = {
         "data": {"source": "pictures", "resolution": 64, "bucket_step": 32},
         "lora": {"rank": 2},
     },
+    LcmConfig: {
+        "run": {"out": "distilled", "steps": 2, "batch_size": 4, "mixed_precision": "no",
+                "workers": 0, "log_with": "none"},
+        "data": {"source": "pictures", "resolution": 64, "bucket_step": 32},
+        "lora": {"rank": 2},
+    },
     AutoencoderConfig: {
         "run": {"out": "unused", "batch_size": 2},
         "model": {"channels": [8, 8, 8, 8], "norm_groups": 4},
@@ -307,33 +329,40 @@ NOT_UNIFORM = {"levels.uniform": 0.0}
 SEEDED = {"run.seed": 1}
 """What was trained before was begun with another seed, 0."""
 
+PICTURES = {
+    "data.source": Change(samples, "others"),
+    "data.resolution": Change(samples, 32),
+    "data.bucket_step": Change(samples, 64),
+    "data.fixed": Change(samples, True),
+    "data.upscale": Change(samples, True, {"data.resolution": 128}),
+    "data.random_crop": Change(samples, True),
+    "data.alpha_masks": Change(loss, True),
+    "data.limit": Change(samples, 3),
+    "data.strict": Change(samples, True, {"data.source": "one bad"}, refuses=True),
+    "data.regularisation": Change(loss, "others"),
+    "data.regularisation_weight": Change(loss, 0.5, REGULARISED),
+    "data.stream": Change(samples, True, {"data.source": "table"}, needs="datasets"),
+    "data.held_out": Change(samples, 0.5),
+    "data.measured": Change(validation, 1, {"data.held_out": 0.5}),
+    "data.cache": Change(cached, "elsewhere"),
+    "data.captions.dropout": Change(batch, 1.0),
+    "data.captions.shuffle_tags": Change(words, True),
+    "data.captions.tag_dropout": Change(words, 0.5),
+    "data.captions.keep_tags": Change(words, 2, SHUFFLED),
+    "data.captions.variants": Change(words, 2, SHUFFLED),
+    "data.captions.key": Change(words, "captions", RECORDS),
+    "data.captions.default": Change(words, "blue", {"data.source": "others"}),
+}  # fmt: skip
+"""Of captioned pictures, whatever is trained on them."""
+
+WORLD = {"data": None, "world.pictures": 3}
+
 OWN: dict[type[TrainingConfig], dict[str, Change]] = {
     LoraConfig: {
         "run.seed": Change(batch, 1),
         "begin_from": Change(trained, "adapter"),
         "model": Change(loss, "v"),
-        "data.source": Change(samples, "others"),
-        "data.resolution": Change(samples, 32),
-        "data.bucket_step": Change(samples, 64),
-        "data.fixed": Change(samples, True),
-        "data.upscale": Change(samples, True, {"data.resolution": 128}),
-        "data.random_crop": Change(samples, True),
-        "data.alpha_masks": Change(loss, True),
-        "data.limit": Change(samples, 3),
-        "data.strict": Change(samples, True, {"data.source": "one bad"}, refuses=True),
-        "data.regularisation": Change(loss, "others"),
-        "data.regularisation_weight": Change(loss, 0.5, REGULARISED),
-        "data.stream": Change(samples, True, {"data.source": "table"}, needs="datasets"),
-        "data.held_out": Change(samples, 0.5),
-        "data.measured": Change(validation, 1, {"data.held_out": 0.5}),
-        "data.cache": Change(cached, "elsewhere"),
-        "data.captions.dropout": Change(batch, 1.0),
-        "data.captions.shuffle_tags": Change(words, True),
-        "data.captions.tag_dropout": Change(words, 0.5),
-        "data.captions.keep_tags": Change(words, 2, SHUFFLED),
-        "data.captions.variants": Change(words, 2, SHUFFLED),
-        "data.captions.key": Change(words, "captions", RECORDS),
-        "data.captions.default": Change(words, "blue", {"data.source": "others"}),
+        **PICTURES,
         "lora.targets": Change(trained, "all"),
         "lora.rank": Change(trained, 4),
         "lora.alpha": Change(gradients, 8.0),
@@ -357,6 +386,34 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "pictures.guidance": Change(picture, 2.0, SHOWN),
         "pictures.negative": Change(picture, "blue", SHOWN),
     },
+    LcmConfig: {
+        "run.seed": Change(batch, 1),
+        "begin_from": Change(trained, "adapter"),
+        "model": Change(loss, "v"),
+        **PICTURES,
+        "world.seed": Change(batch, 1, WORLD),
+        "world.pictures": Change(batch, 2, WORLD),
+        "world.cache": Change(cached, "elsewhere", WORLD),
+        "lora.targets": Change(trained, "all"),
+        "lora.rank": Change(trained, 4),
+        "lora.alpha": Change(gradients, 8.0),
+        "lora.dora": Change(trained, True),
+        "lora.rslora": Change(gradients, True),
+        "lora.overrides.*.rank": Change(trained, 4),
+        "lora.overrides.*.alpha": Change(gradients, 8.0),
+        "lcm.original_steps": Change(batch, 20),
+        "lcm.timestep_scaling": Change(loss, 0.01),
+        "lcm.w": Change(batch, (1.0, 2.0)),
+        "lcm.solver": Change(loss, "heun"),
+        "lcm.huber": Change(loss, 0.1),
+        "lcm.target": Change(learnt, "average", {"optimiser.ema_decay": 0.9}),
+        "gradient_checkpointing": Change(recomputed, True),
+        "pictures.prompts": Change(picture, ["red"], {"pictures.steps": 1}),
+        "pictures.steps": Change(picture, 2, SHOWN),
+        "pictures.few": Change(picture, 2, SHOWN),
+        "pictures.guidance": Change(picture, 2.0, SHOWN),
+        "pictures.negative": Change(picture, "blue", SHOWN),
+    },
     AutoencoderConfig: {
         "run.seed": Change(batch, 1),
         "begin_from": Change(trained, "autoencoder", SEEDED),
@@ -373,6 +430,7 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "first_crop": Change(batch, 24, {"first_steps": 9}),
         "first_steps": Change(batch, 9),
         "around_things": Change(batch, 0.0),
+        "decoder_only": Change(trained, True, {"begin_from": "autoencoder"}),
     },
     ClipConfig: {
         "run.seed": Change(batch, 1),
@@ -407,7 +465,6 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "levels.std": Change(batch, 2.0),
         "levels.uniform": Change(batch, 1.0),
         "caption_dropout": Change(batch, 1.0),
-        "thing_weight": Change(batch, 1.0),
         "min_snr_gamma": Change(loss, 1.0),
     },
 }  # fmt: skip
@@ -486,6 +543,7 @@ def _inside(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every test runs in the place, in a world that is told in a moment."""
     monkeypatch.chdir(place)
     monkeypatch.setattr(clip, "World", Told)
+    monkeypatch.setattr(world_pictures, "MEASURED", 1)
     if find_spec("datasets"):
         datasets = pytest.importorskip("datasets")
         monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", place / "hf")

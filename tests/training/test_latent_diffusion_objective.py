@@ -83,34 +83,6 @@ def test_the_asked_share_of_captions_is_dropped(built: LatentDiffusionObjective)
     assert len(tokens.unique(dim=0)) > 100  # worded anew in each pass
 
 
-def test_things_weigh_more_than_their_background(objective: LatentDiffusionObjective) -> None:
-    """A place counts `thing_weight` where any of its 8 x 8 pixels shows a thing, else 1."""
-    z = objective.batch(range(PICTURES))
-    objective.std = torch.zeros_like(objective.std)
-    shown = objective.batch(range(PICTURES))["z"]
-    pictures = (shown[:, None] - objective.mean.float()).flatten(2).norm(dim=-1).argmin(dim=1)
-    assert z["weights"].shape == (PICTURES, 1, 16, 16)
-    for weights, index in zip(z["weights"], pictures.tolist(), strict=True):
-        covered = World(0)[index].masks.any(axis=0).reshape(16, 8, 16, 8).any(axis=(1, 3))
-        assert torch.equal(weights[0], torch.from_numpy(np.where(covered, 4.0, 1.0)).float())
-    assert len(z["weights"].unique()) == 2
-
-
-def test_the_loss_heeds_the_weights(objective: LatentDiffusionObjective) -> None:
-    """Weights of one half leave that half's error; the halves' mean is the whole's."""
-    batch = objective.batch(range(1))
-    places = torch.arange(16) < 8
-
-    @torch.no_grad()
-    def loss(weights: torch.Tensor) -> float:
-        return float(objective({**batch, "weights": weights.expand(1, 1, 16, 16)})["loss"])
-
-    left, right, even = loss(places.float()), loss((~places).float()), loss(torch.ones(16))
-    assert (left + right) / 2 == pytest.approx(even, rel=1e-5)
-    assert left != pytest.approx(right, rel=1e-2)
-    assert loss(batch["weights"]) != pytest.approx(even, rel=1e-4)
-
-
 @pytest.mark.parametrize("uniform", [1.0, 0.2, 0.0])
 def test_levels_have_their_distribution(built: LatentDiffusionObjective, uniform: float) -> None:
     """The law of the draws is the mixture's within what 2000 draws can tell (DKW, 1 in 1500)."""

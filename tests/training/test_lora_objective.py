@@ -373,8 +373,10 @@ def test_a_latent_that_is_not_finite_is_named_and_not_kept(
 class Spoilt(LoraObjective):
     """Whose sample 5 is not finite."""
 
-    def _drawn(self, sample: Sample, position: int, t: int | None = None) -> dict[str, Tensor]:
-        drawn = super()._drawn(sample, position, t)
+    def _drawn(
+        self, sample: Sample, position: int, share: float | None = None
+    ) -> dict[str, Tensor]:
+        drawn = super()._drawn(sample, position, share)
         return {**drawn, "z": drawn["z"] * torch.inf} if position == 5 else drawn
 
 

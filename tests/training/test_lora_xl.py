@@ -21,7 +21,7 @@ from ldm_pipeline.diffusion.losses import denoising_errors
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.files import FILE_NAME
 from ldm_pipeline.models.conditioning import conditioning_of
-from ldm_pipeline.training import lora, opening
+from ldm_pipeline.training import adapting, opening
 from ldm_pipeline.training.captioned import text_key
 from ldm_pipeline.training.engine import fit
 from ldm_pipeline.training.lora import LoraObjective
@@ -268,7 +268,7 @@ def test_buckets_are_refused_where_the_base_is_shared_out(
     folder: Path, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Processes would call the network for another number of sizes, and wait for each other."""
-    monkeypatch.setattr(lora, "sharding", lambda state: True)
+    monkeypatch.setattr(adapting, "sharding", lambda state: True)
     with pytest.raises(UserError, match=r"set data\.fixed=true"):
         LoraObjective(short(folder), opened)
     LoraObjective(short(folder, data={"fixed": True}), opened)

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ldm_pipeline.training.adapting import BANDS
 from ldm_pipeline.training.engine import fit
-from ldm_pipeline.training.lora import BANDS, LoraConfig, LoraObjective
+from ldm_pipeline.training.lora import LoraConfig, LoraObjective
 from tests.training.tiny_lora import open_model
 
 SIZES = [(64, 64), (96, 32), (32, 128)] * 4
@@ -43,9 +44,9 @@ class Watched(LoraObjective):
         self.asked.append(len(group["t"]))
         return super()._errors(group)
 
-    def _draw(self, pipe: Any) -> list[Image.Image]:
+    def _draw(self, pipe: Any, steps: int, guidance: float) -> list[Image.Image]:
         self.draws += 1
-        return super()._draw(pipe)
+        return super()._draw(pipe, steps, guidance)
 
 
 def watched(folder: Path, *, batch_size: int = 4, accumulation: int = 1, **told: Any) -> Watched:

@@ -1,0 +1,123 @@
+"""A UNet with one adapter more, for the runs that ask for it; the pipeline's own is not touched.
+
+It is a second set of modules over the same weights, so that other threads go on drawing with the
+first, and nothing has to be put back. What it costs to make is paid again only when the pipeline's
+UNet or the file has changed.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+from typing import Any, Literal
+from weakref import WeakKeyDictionary
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ldm_pipeline.errors import UserError
+from ldm_pipeline.lora.attach import Pipeline, put
+from ldm_pipeline.lora.files import locate
+from ldm_pipeline.lora.notes import LcmNote, read_note
+from ldm_pipeline.models import bundled
+from ldm_pipeline.models.unet import adapters_at_rest
+
+NONE = (
+    "there is no few-step adapter for this model here; name the file of one after lcm"
+    " (train/train_lcm.py makes them; for Stable Diffusion 1.5 the hub has"
+    " latent-consistency/lcm-lora-sdv1-5)"
+)
+
+_making = threading.Lock()
+_made: WeakKeyDictionary[nn.Module, tuple[object, nn.Module]] = WeakKeyDictionary()
+"""For each pipeline's UNet the last one made beside it, and from what."""
+
+
+def few_step_unet(
+    pipe: Pipeline, lcm: Literal[True] | str | os.PathLike[str]
+) -> tuple[Any, LcmNote]:
+    """The UNet to draw with in few steps, and how it was distilled.
+
+    `lcm` is the adapter's file, or True for the one that comes with the bundled model. It acts
+    beside the adapters that are active, with weight 1. A UNet that takes guidance as an input is a
+    full LCM: with True it is drawn with as it is. Raises `UserError` where there is no adapter, for
+    a file that cannot be read or does not fit, and under CPU offload.
+    """
+    if lcm is True and pipe.unet.config.time_cond_proj_dim is not None:
+        return pipe.unet, LcmNote()
+    file = bundled.few_step_adapter() if lcm is True else lcm
+    if file is None:
+        raise UserError(NONE)
+    note, path = read_note(file), locate(file)
+    unet = getattr(pipe.unet, "_orig_mod", pipe.unet)  # torch.compile's wrapper holds it
+    if any(hasattr(module, "_hf_hook") for module in unet.modules()):
+        raise UserError(
+            "lcm does not go together with CPU offload; load the adapter with"
+            " pipe.load_lora_weights and draw with sampler='lcm'"
+        )
+    facts = path.stat()
+    with _making, adapters_at_rest():
+        key = (path.resolve(), facts.st_mtime_ns, facts.st_size, _state(unet))
+        made_of, made = _made.get(unet, (None, unet))
+        if made_of != key:
+            made = _copy(unet)
+            active = _active(made)
+            refusal = NONE if lcm is True else None
+            (name,) = put(pipe, {"unet": made}, [path], refusal)
+            for layer in _layers(made):
+                layer.enable_adapters(True)
+                layer.set_adapter([*active.get(layer, []), name])
+            made.requires_grad_(False)
+            _made[unet] = key, made
+        return made, note
+
+
+def _copy(unet: nn.Module) -> nn.Module:
+    """The same modules once more, over the same memory."""
+    shared: dict[int, Any] = {id(buffer): buffer for buffer in unet.buffers()}
+    for weight in unet.parameters():
+        plain = type(weight) is nn.Parameter
+        shared[id(weight)] = nn.Parameter(weight.data, requires_grad=False) if plain else weight
+    return copy.deepcopy(unet, shared)
+
+
+def _state(unet: nn.Module) -> object:
+    """All that decides what `unet` does: its parts, their settings, and where their weights are."""
+    return [
+        (
+            name,
+            type(module),
+            [(k, v) for k, v in vars(module).items() if isinstance(v, str | float | bool | None)],
+            [
+                (k, w.data_ptr(), w.dtype, w.device)
+                for k, w in module.named_parameters(recurse=False)
+            ],
+            [id(getattr(module, "processor", None)), *module._forward_hooks],
+            [*module._forward_pre_hooks],
+            _adapting(module) if isinstance(module, BaseTunerLayer) else None,
+        )
+        for name, module in unet.named_modules()
+    ]
+
+
+def _adapting(layer: Any) -> object:
+    """With which adapters a layer works, and how strongly."""
+    return (
+        [*layer.active_adapters],
+        {**layer.scaling},
+        layer.disable_adapters,
+        [*layer.merged_adapters],
+    )
+
+
+def _layers(model: nn.Module) -> list[BaseTunerLayer]:
+    return [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+
+
+def _active(model: nn.Module) -> dict[BaseTunerLayer, list[str]]:
+    """The adapters that each adapted layer draws with; none where they are turned off."""
+    return {
+        layer: [] if layer.disable_adapters else list(layer.active_adapters)
+        for layer in _layers(model)
+    }

@@ -1,0 +1,66 @@
+"""What every training of an adapter is told: which model, which of its modules, what is shown."""
+
+from __future__ import annotations
+
+from pydantic import Field, model_validator
+
+from ldm_pipeline.lora.targets import LoraSettings, Override
+from ldm_pipeline.training.config import (
+    NonNegativeFloat,
+    Positive,
+    PositiveFloat,
+    Settings,
+    TrainingConfig,
+)
+
+
+class OverrideSettings(Settings):
+    """What differs in the modules that a pattern matches."""
+
+    rank: Positive | None = None
+    alpha: PositiveFloat | None = None
+
+
+class AdapterSettings(Settings):
+    """Which modules are adapted, and how; see `lora.targets`."""
+
+    targets: str | tuple[str, ...] = Field(
+        default="attention",
+        description="attention, attention+feedforward, all, or a list of patterns",
+    )
+    rank: Positive = 16
+    alpha: PositiveFloat | None = Field(default=None, description="rank, unless given")
+    dora: bool = False
+    rslora: bool = False
+    overrides: dict[str, OverrideSettings] = Field(
+        default={}, description="pattern: {rank, alpha} where they differ"
+    )
+
+    def settings(self) -> LoraSettings:
+        """The same as `lora` takes it."""
+        targets = self.targets if isinstance(self.targets, str) else list(self.targets)
+        overrides = {p: Override(o.rank, o.alpha) for p, o in self.overrides.items()}
+        return LoraSettings(targets, self.rank, self.alpha, self.dora, self.rslora, overrides)
+
+
+class PictureSettings(Settings):
+    """What is drawn at each validation, with the adapter and without it, from fixed seeds."""
+
+    prompts: tuple[str, ...] = ()
+    steps: Positive = 25
+    guidance: NonNegativeFloat = 5.0
+    negative: str = ""
+
+
+class AdapterConfig(TrainingConfig):
+    """What every training of an adapter is told."""
+
+    model: str = Field(default="bundled", description="bundled, a folder or a hub id")
+    lora: AdapterSettings = AdapterSettings()
+    gradient_checkpointing: bool = False
+    pictures: PictureSettings = PictureSettings()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> AdapterConfig:
+        self.lora.settings()
+        return self

@@ -1,0 +1,405 @@
+"""Training an adapter on a frozen text-to-image model: what LoRA and LCM distillation share.
+
+Legend
+    z        clean latents [n, C, h, w], drawn anew from the cached mean and std at each step
+    eps      the noise of each sample;  x = alpha(t) z + sigma(t) eps at its level t
+    told     what the UNet is told by name, as text embeddings [n, L, C], see `models.conditioning`;
+             from the cache, or of the text encoders
+    group    the samples of a batch that have one size; mostly there is one
+
+The base model is frozen. The autoencoder and, where texts are cached, the text encoders speak only
+before the first step.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL.Image import Image
+from torch import Tensor, nn
+
+from ldm_pipeline.data.buckets import Size
+from ldm_pipeline.data.cache import Cache, Share, key_of
+from ldm_pipeline.diffusion.schedule import Schedule
+from ldm_pipeline.errors import UserError
+from ldm_pipeline.grid import captioned_grid
+from ldm_pipeline.lora import files
+from ldm_pipeline.lora.inject import Adapter, inject, without_input_casts
+from ldm_pipeline.models.conditioning import conditioning_of
+from ldm_pipeline.training.adapter_config import AdapterConfig
+from ldm_pipeline.training.captioned import Sample, cached_texts, text_key
+from ldm_pipeline.training.lora_card import PICTURES, model_card
+from ldm_pipeline.training.objective import Batch
+from ldm_pipeline.training.ranks import Ranks, launched
+from ldm_pipeline.training.sharding import sharding
+from ldm_pipeline.training.start import precision
+
+BANDS = 4
+"""Into so many bands of levels the held-out loss is told."""
+
+
+OpenModel = Callable[[str, torch.dtype], Any]
+"""Opens "bundled", a model folder or a hub id as a pipeline of its family, in a precision."""
+
+
+class Pictures(Protocol):
+    """The captioned pictures that an adapter is trained on."""
+
+    @property
+    def samples(self) -> Sequence[Sample]:
+        """All that training sees."""
+        ...
+
+    @property
+    def side(self) -> int:
+        """Of the square that has a picture's area, in pixels."""
+        ...
+
+    @property
+    def sizes(self) -> list[Size]:
+        """The sizes that pictures of a step can have."""
+        ...
+
+    @property
+    def measured(self) -> list[Sample]:
+        """Those that validations look at, which training never sees."""
+        ...
+
+    @property
+    def cache(self) -> Path:
+        """The folder of what is encoded once."""
+        ...
+
+    def sample(self, position: int) -> Sample:
+        """The sample at a position of the run's endless stream."""
+        ...
+
+    def words(self, sample: Sample, rng: np.random.Generator) -> str:
+        """The words that go with a sample in one step."""
+        ...
+
+    def caption(self, sample: Sample) -> str:
+        """A sample's words as validations take them."""
+        ...
+
+    def texts(self) -> list[str] | None:
+        """Every text that a step may ask for; None where they are too many to be cached."""
+        ...
+
+    def latents(self, vae: AutoencoderKL, share: Share) -> Cache:
+        """Mean, std and perhaps mask of every sample's latents, by its key."""
+        ...
+
+
+class AdapterObjective(nn.Module, ABC):
+    """Train an adapter alone; what it is to learn, a subclass says.
+
+    `train_texts` adapts the text encoders as well. Data that cannot be read are refused before the
+    model is opened.
+    """
+
+    def __init__(
+        self,
+        config: AdapterConfig,
+        open_model: OpenModel,
+        data: Pictures,
+        *,
+        zero_terminal_snr: bool = False,
+        train_texts: bool = False,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.state = launched()
+        self.ranks = Ranks(self.state)
+        seed = config.run.seed
+        self.data = data
+        if sharding(self.state) and len(self.data.sizes) > 1:
+            raise UserError(
+                "under FSDP all processes must call the network equally often, and a batch of "
+                f"several sizes calls it for each; set data.fixed=true (sizes: {self.data.sizes})"
+            )
+        pipe = open_model(config.model, self._dtype())
+        self.kind, self.schedule = _levels_of(pipe, zero_terminal_snr)
+        self.conditioning = conditioning_of(pipe)
+        share = Share(self.ranks.index, self.ranks.count, self.ranks.told)
+        pipe.to(self.state.device)
+        self.latents = data.latents(pipe.vae, share)
+        self.unet = pipe.unet
+        if config.gradient_checkpointing:
+            self.unet.enable_gradient_checkpointing()
+        encoders = self.conditioning.encoders
+        texts = None if train_texts else data.texts()
+        self.texts: Cache | None = None
+        if texts is not None:
+            texts = [*texts, *config.pictures.prompts, config.pictures.negative]
+            self.texts = cached_texts(texts, data.cache, self.conditioning, share)
+        for part in [pipe.vae, *encoders.values()] if self.texts is not None else [pipe.vae]:
+            part.to("cpu", dtype=self.unet.dtype)  # they have said all that training asks
+        models: dict[str, nn.Module] = {"unet": self.unet}
+        for name, encoder in encoders.items():
+            if train_texts:
+                models[name] = encoder
+                self.add_module(name, encoder)
+            else:
+                encoder.requires_grad_(False)
+        self._pipe = pipe if config.pictures.prompts else None
+        self._base: list[Image] = []
+        self._drawn_last: tuple[str, list[Image]] = ("", [])
+        unread = self.conditioning.unread
+        self.adapter = inject(models, config.lora.settings(), seed=seed, unread=unread)
+        if config.begin_from is not None:
+            _begin_from(self.adapter, config.begin_from)
+
+    @abstractmethod
+    def _level(self, rng: np.random.Generator, share: float | None) -> dict[str, Tensor]:
+        """The level `t` of a sample, and what else is drawn for it; with a share in [0, 1) given,
+        the level there between the least noise and the most."""
+
+    @abstractmethod
+    def _errors(self, group: dict[str, Tensor]) -> Tensor:
+        """The plain penalty of each sample of a group, [n]."""
+
+    def _noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        """The noise that is put on latents of this shape."""
+        return torch.randn(shape, generator=generator)
+
+    def _ready(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A group with what has to be computed before the first gradient of any group is."""
+        return group
+
+    def _sums(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The sums over a group of what is minimised, `loss`, and of what else is logged."""
+        errors = self._errors(group)
+        return {"loss": (group["weight"].to(errors.dtype) * errors).sum()}
+
+    @property
+    def shared(self) -> nn.Module:
+        """The UNet, where the base is shared out over the processes."""
+        return self.unet
+
+    def batch(self, positions: range) -> Batch:
+        """The samples of these positions, in groups of one size."""
+        drawn: dict[tuple[int, int], list[dict[str, Tensor]]] = {}
+        for position in positions:
+            sample = self.data.sample(position)
+            drawn.setdefault(sample.transform.bucket, []).append(self._drawn(sample, position))
+        return {"groups": [stacked(group) for group in drawn.values()], "n": len(positions)}
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The means over all samples."""
+        with ExitStack() as stack:
+            if torch.is_autocast_enabled(self.unet.device.type):
+                stack.enter_context(without_input_casts(self.adapter))
+            sums = [self._sums(group) for group in list(map(self._ready, batch["groups"]))]
+        return {name: torch.stack([s[name] for s in sums]).sum() / batch["n"] for name in sums[0]}
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """The plain penalty on some of what was held out, in bands of levels, with fixed noise."""
+        chosen = self.data.measured
+        if not chosen:
+            return {}
+        half = self.unet.dtype != torch.float32
+        context = torch.autocast(self.unet.device.type, self.unet.dtype, enabled=half)
+        sums = torch.zeros(BANDS, dtype=torch.float64)
+        for bands, group in self._validation(chosen):
+            moved = {name: value.to(self.unet.device) for name, value in group.items()}
+            with context:
+                errors = self._errors(self._ready(moved))
+            sums.index_add_(0, torch.tensor(bands), errors.double().cpu())
+        means = (self.ranks.total(sums) / len(chosen)).tolist()
+        return {"loss": sum(means) / BANDS} | {f"loss_band_{i}": m for i, m in enumerate(means)}
+
+    def _validation(self, chosen: list[Sample]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """This process's share of every chosen sample in every band: (bands, group), batched."""
+        run = self.config.run
+        own = list(enumerate(chosen))[self.state.process_index :: self.ranks.count]
+        drawn: dict[Size, list[tuple[int, dict[str, Tensor]]]] = {}
+        for number, sample in own:
+            for band in range(BANDS):
+                rng = np.random.default_rng([7, number, band])
+                share = (band + rng.random()) / BANDS
+                one = self._drawn(sample, -1 - number * BANDS - band, share)
+                drawn.setdefault(sample.transform.bucket, []).append((band, one))
+        # What fits into the memory with gradients fits without.
+        most = max(1, run.batch_size // (self.ranks.count * run.accumulation))
+        for group in drawn.values():
+            for start in range(0, len(group), most):
+                bands, samples = zip(*group[start : start + most], strict=True)
+                yield list(bands), stacked(list(samples))
+
+    def export(self, folder: Path) -> None:
+        """Write the adapter as stock diffusers reads it, and its model card."""
+        files.save(folder, self.adapter.weights(), self._notes())
+        picture = self.picture()
+        if picture is not None:
+            picture.save(folder / PICTURES)
+        card = model_card(
+            self.config,
+            self.config.model,
+            len(self.data.samples),
+            picture is not None,
+            self.conditioning.tag,
+            self._use(),
+        )
+        (folder / "README.md").write_text(card, "utf-8")
+
+    def _notes(self) -> Mapping[str, str]:
+        """What is written into the header of the exported file besides."""
+        return {}
+
+    def _use(self) -> str | None:
+        """How to draw with the exported file, for its card; None is the way of LoRAs."""
+        return None
+
+    def picture(self) -> Image | None:
+        """The prompts drawn without the adapter and with it, side by side; None without prompts."""
+        if self._pipe is None:
+            return None
+        if not self._base:
+            with self.adapter.disabled():
+                told = self.config.pictures
+                self._base = self._draw(self._pipe, told.steps, told.guidance)
+        adapted = self._adapted(self._pipe)
+        prompts = self.config.pictures.prompts
+        pairs = [(self._base[i], adapted[i]) for i in range(len(prompts))]
+        captions = [text for p in prompts for text in (f"without: {p}", f"with: {p}")]
+        return captioned_grid([one for pair in pairs for one in pair], captions, columns=2)
+
+    def _adapted(self, pipe: Any) -> list[Image]:
+        """The prompts' pictures with the adapter; weights that were drawn last are not again.
+
+        A validation that finds the best model shows it and exports it, and the last one shows what
+        is exported in the end.
+        """
+        key = key_of(self.adapter.parameters)
+        if key != self._drawn_last[0]:
+            self._drawn_last = key, self._draw_adapted(pipe)
+        return self._drawn_last[1]
+
+    def _draw_adapted(self, pipe: Any) -> list[Image]:
+        """The prompts' pictures with the adapter."""
+        return self._draw(pipe, self.config.pictures.steps, self.config.pictures.guidance)
+
+    def _draw(self, pipe: Any, steps: int, guidance: float) -> list[Image]:
+        """The prompts' pictures, picture i from seed i, with the network as it is now."""
+        told, side = self.config.pictures, self.data.side
+        negative = [told.negative] * len(told.prompts)
+        pipe.set_progress_bar_config(disable=True)
+        pipe.vae.to(self.unet.device)
+        pictures: list[Image] = pipe(
+            **self.conditioning.arguments(*map(self._spoken, [told.prompts, negative])),
+            height=side,
+            width=side,
+            num_inference_steps=steps,
+            guidance_scale=guidance,
+            generator=[torch.Generator().manual_seed(i) for i in range(len(told.prompts))],
+        ).images
+        pipe.vae.to("cpu")
+        return pictures
+
+    @torch.no_grad()
+    def _spoken(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What is told of texts, by the text encoders as they are now where nothing is cached."""
+        told = self._encoded(self._looked_up(texts))
+        return {name: value.to(self.unet.device) for name, value in told.items()}
+
+    def _looked_up(self, texts: Sequence[str]) -> dict[str, Tensor]:
+        """What is told of texts, or what the text encoders read of them where nothing is cached."""
+        if self.texts is None:
+            return self.conditioning.tokens(texts)
+        return stacked([self.texts[text_key(text)] for text in texts])
+
+    def _encoded(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A group with what the text encoders say, where nothing is cached."""
+        return group if self.texts is not None else {**group, **self.conditioning.encode(group)}
+
+    def name_of(self, position: int) -> str:
+        """The picture at a position, for messages."""
+        return self.data.sample(position).item.picture.name
+
+    def _drawn(
+        self, sample: Sample, position: int, share: float | None = None
+    ) -> dict[str, Tensor]:
+        """All that a step needs of one sample; its noise, level and words depend on the position.
+
+        With a `share` given (see `_level`), it is for validation: the whole caption.
+        """
+        seed = self.config.run.seed
+        entry = self.latents[sample.key]
+        mean, std = entry["mean"].float(), entry["std"].float()
+        rng = np.random.default_rng([seed, 8, position % 2**63])
+        generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+        shape = tuple(mean.shape)
+        words = self.data.words(sample, rng) if share is None else self.data.caption(sample)
+        level = self._level(rng, share)
+        mask = entry.get("mask")
+        cut = sample.transform
+        told = {name: value[0] for name, value in self._looked_up([words]).items()}
+        return {
+            "z": mean + std * torch.randn(shape, generator=generator),
+            "eps": self._noise(shape, generator),
+            **level,
+            "mask": torch.ones(1, *shape[1:]) if mask is None else mask.float(),
+            "weight": torch.tensor(sample.item.weight),
+            **told,
+            **self.conditioning.place(cut.original, (cut.left, cut.top), cut.bucket),
+        }
+
+    def _dtype(self) -> torch.dtype:
+        """The frozen base's precision: bf16 where a GPU computes in it anyway."""
+        chosen = precision(self.config.run.mixed_precision, self.state.device.type)
+        half = chosen != "no" and self.state.device.type == "cuda"
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}[chosen] if half else torch.float32
+
+
+def stacked(group: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Samples as one group: each tensor with a first axis for them."""
+    return {name: torch.stack([sample[name] for sample in group]) for name in group[0]}
+
+
+def _levels_of(pipe: Any, zero_terminal: bool) -> tuple[str, Schedule]:
+    """What the network predicts, and the levels that it is trained on."""
+    config = dict(pipe.scheduler.config)
+    kind = str(config.get("prediction_type", "epsilon"))
+    schedule = Schedule.from_config(config)
+    if "sigma_data" in config:
+        raise UserError(
+            "the model's scheduler weighs its network's input and output by sigma_data (EDM,"
+            " 2206.00364); only models of noise, v and x0 prediction can be trained"
+        )
+    if zero_terminal and kind == "epsilon":
+        raise UserError(
+            "loss.zero_terminal_snr=true needs a v-prediction model: at the last level all is "
+            "noise, and a network that predicts the noise learns nothing there"
+        )
+    return kind, schedule.zero_terminal_snr() if zero_terminal else schedule
+
+
+@torch.no_grad()
+def _begin_from(adapter: Adapter, place: Path) -> None:
+    """Start from the values in a LoRA file; raises UserError where it is one of another shape."""
+    parameters, loaded = adapter.parameters, files.load(place)
+    found = loaded.tensors
+    shapes = {name: tuple(value.shape) for name, value in found.items()}
+    wanted = {name: tuple(value.shape) for name, value in parameters.items()}
+    if shapes != wanted:
+        odd = sorted(shapes.items() ^ wanted.items())
+        raise UserError(
+            f"begin_from: {place} is an adapter of another shape than lora.* asks for "
+            f"({len(odd)} differences, as {odd[0][0]})"
+        )
+    if dict(loaded.layouts) != dict(adapter.layouts):
+        raise UserError(
+            f"begin_from: {place} has another alpha, dora or rslora than lora.* asks for; the same "
+            "numbers would count for more or less"
+        )
+    for name, parameter in parameters.items():
+        parameter.copy_(found[name])

@@ -1,0 +1,210 @@
+"""LCM distillation (2310.04378, 2311.05556): a LoRA with which few steps do.
+
+One frozen base is both: with the adapter it is the student, without it the teacher. The target is
+self-consistent: it is what the student itself says, one of the teacher's steps further down.
+
+Legend
+    x, x_s   noisy latents at levels t and s, [n, C, h, w]; a step of the guided teacher leads from
+             one to the other
+    w        guidance strength of each sample [n], guidance_scale - 1
+    f        the student's consistency function, see `diffusion.consistency`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers import LCMScheduler
+from PIL.Image import Image
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from ldm_pipeline.diffusion.consistency import (
+    SOLVERS,
+    ConsistencyFunction,
+    consistency_errors,
+    consistency_function,
+    guided_each,
+    neighbours,
+)
+from ldm_pipeline.diffusion.denoiser import make_denoiser
+from ldm_pipeline.errors import UserError
+from ldm_pipeline.lora.files import FILE_NAME
+from ldm_pipeline.lora.notes import LcmNote
+from ldm_pipeline.training.adapter_config import AdapterConfig, PictureSettings
+from ldm_pipeline.training.adapting import AdapterObjective, OpenModel, Pictures
+from ldm_pipeline.training.captioned import Captioned, CaptionedSettings
+from ldm_pipeline.training.config import NonNegativeFloat, Positive, PositiveFloat, Settings
+from ldm_pipeline.training.lora_card import DRAWN_BY_LDM
+from ldm_pipeline.training.ranks import launched
+from ldm_pipeline.training.start import precision
+from ldm_pipeline.training.updates import MovingAverage
+from ldm_pipeline.training.world_data import CachedWorldSettings
+from ldm_pipeline.training.world_pictures import WorldPictures
+
+
+class DistillationSettings(Settings):
+    """What the student learns of the teacher; see `diffusion.consistency`."""
+
+    original_steps: Positive = Field(default=50, description="levels that the student knows")
+    timestep_scaling: PositiveFloat = Field(default=10.0, description="of the boundary condition")
+    w: tuple[NonNegativeFloat, NonNegativeFloat] = Field(
+        default=(5.0, 15.0), description="the teacher's guidance_scale - 1, drawn between these"
+    )
+    solver: Literal["ddim", "heun"] = Field(default="ddim", description="heun costs a call more")
+    huber: PositiveFloat | None = Field(default=0.001, description="none: squared errors")
+    target: Literal["student", "average"] = Field(
+        default="student", description="whose word is the target; average: optimiser.ema_decay's"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> DistillationSettings:
+        if self.w[0] > self.w[1]:
+            raise ValueError(f"w={list(self.w)} must rise")
+        return self
+
+
+class FewStepPictureSettings(PictureSettings):
+    """`steps` and `guidance` are the teacher's; the student draws in `few` steps without."""
+
+    few: Positive = 4
+
+
+class LcmConfig(AdapterConfig):
+    """Everything that `train/train_lcm.py` reads."""
+
+    data: CaptionedSettings | None = Field(default=None, description="captioned pictures, or …")
+    world: CachedWorldSettings | None = Field(default=None, description="… the picture world")
+    lcm: DistillationSettings = DistillationSettings()
+    pictures: FewStepPictureSettings = FewStepPictureSettings()
+
+    @model_validator(mode="after")
+    def _has_pictures(self) -> LcmConfig:
+        if (self.data is None) == (self.world is None):
+            raise ValueError("set data (captioned pictures) or world (the picture world), not both")
+        if self.lcm.target == "average" and not self.optimiser.ema_decay:
+            raise ValueError("lcm.target=average needs optimiser.ema_decay, as 0.95")
+        return self
+
+    def read(self) -> Pictures:
+        """The pictures to distil on."""
+        seed, batch_size = self.run.seed, self.run.batch_size
+        if self.data is not None:
+            return Captioned(self.data, seed, batch_size)
+        assert self.world is not None
+        computed_in = precision(self.run.mixed_precision, launched().device.type)
+        return WorldPictures(self.world, seed, batch_size, computed_in)
+
+
+class LcmObjective(AdapterObjective):
+    """Say of neighbouring points of the teacher's path that they end in the same picture."""
+
+    config: LcmConfig
+
+    def __init__(self, config: LcmConfig, open_model: OpenModel) -> None:
+        super().__init__(config, open_model, config.read())
+        levels, steps = self.schedule.num_train_timesteps, config.lcm.original_steps
+        if steps > levels:
+            raise UserError(
+                f"lcm.original_steps={steps} must be at most the model's {levels} levels"
+            )
+        self.pairs = neighbours(self.schedule, steps)[::-1]
+        self.silence = self._spoken([""])
+        self._average: MovingAverage | None = None
+
+    def take_average(self, average: MovingAverage) -> None:
+        """The moving average of what is trained, which may say the target."""
+        if self.config.lcm.target == "average":
+            self._average = average
+
+    def _level(self, rng: np.random.Generator, share: float | None) -> dict[str, Tensor]:
+        """The pair of levels and the guidance strength of a sample."""
+        t, s = self.pairs[int((rng.random() if share is None else share) * len(self.pairs))]
+        low, high = self.config.lcm.w
+        return {
+            "t": torch.tensor(t),
+            "s": torch.tensor(s),
+            "w": torch.tensor(low + (high - low) * rng.random(), dtype=torch.float32),
+        }
+
+    def _ready(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A group with its noisy latents and target: where the average says it, weights change."""
+        told = self._encoded(group)
+        a, sig = self.schedule.coefficients(told["t"], like=told["z"])
+        x = a * told["z"] + sig * told["eps"]
+        return {**told, "x": x, "target": self._target(told, x)}
+
+    def _errors(self, group: dict[str, Tensor]) -> Tensor:
+        """The inconsistency of each sample of a group, [n]."""
+        answer = self._student(group)(group["x"], group["t"])
+        huber = self.config.lcm.huber
+        return consistency_errors(answer, group["target"], huber=huber, mask=group["mask"])
+
+    @torch.no_grad()
+    def _target(self, told: Mapping[str, Tensor], x: Tensor) -> Tensor:
+        """f(x_s, s), prompted alone: what the student itself says, or its average."""
+        both = {
+            name: torch.cat([self.silence.get(name, value).expand_as(value), value])
+            for name, value in told.items()
+        }
+        pair = self.conditioning.network(self.unet, both)
+        teacher = make_denoiser(guided_each(pair, told["w"]), self.schedule, self.kind)
+        with self.adapter.disabled():
+            x_s = SOLVERS[self.config.lcm.solver](teacher, self.schedule, x, told["t"], told["s"])
+        with self._target_weights():
+            return self._student(told)(x_s, told["s"])
+
+    def _student(self, told: Mapping[str, Tensor]) -> ConsistencyFunction:
+        network = self.conditioning.network(self.unet, told)
+        denoiser = make_denoiser(network, self.schedule, self.kind)
+        return consistency_function(denoiser, self.config.lcm.timestep_scaling)
+
+    def _target_weights(self) -> AbstractContextManager[None]:
+        return nullcontext() if self._average is None else self._average.in_place()
+
+    # -- what is shown and exported ----------------------------------------------------------
+
+    def _draw_adapted(self, pipe: Any) -> list[Image]:
+        """The prompts' pictures in few steps, without guidance."""
+        own = pipe.scheduler
+        pipe.scheduler = LCMScheduler.from_config(
+            own.config,
+            original_inference_steps=self.config.lcm.original_steps,
+            timestep_scaling=self.config.lcm.timestep_scaling,
+        )
+        try:
+            return self._draw(pipe, self.config.pictures.few, 1.0)
+        finally:
+            pipe.scheduler = own
+
+    def _notes(self) -> Mapping[str, str]:
+        told = self.config.lcm
+        return LcmNote(self.config.model, told.original_steps, told.timestep_scaling).texts()
+
+    def _use(self) -> str:
+        told = {
+            "name": FILE_NAME,
+            "base": self.config.model,
+            "steps": self.config.lcm.original_steps,
+            "scaling": self.config.lcm.timestep_scaling,
+        }
+        ours = OURS if self.conditioning.tag == DRAWN_BY_LDM else ""
+        return (ours + STOCK).format(**told)
+
+
+OURS = """    ldm generate "…" --model {base} --lcm {name} --steps 4
+
+"""
+
+STOCK = """    from diffusers import LCMScheduler
+
+    pipeline.load_lora_weights("{name}")
+    pipeline.scheduler = LCMScheduler.from_config(
+        pipeline.scheduler.config, original_inference_steps={steps}, timestep_scaling={scaling}
+    )
+    pipeline("…", num_inference_steps=4, guidance_scale=1.0)
+"""
