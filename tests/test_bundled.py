@@ -27,6 +27,8 @@ def test_it_is_small_and_holds_no_pickles() -> None:
     files = [file for file in bundled.folder().rglob("*") if file.is_file()]
     assert sum(file.stat().st_size for file in files) <= 32_000_000
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt", ".md"}
+    configs = [file.read_text("utf-8") for file in files if file.suffix == ".json"]
+    assert not any("_name_or_path" in config for config in configs)  # it names a machine's folder
 
 
 def test_stock_diffusers_draws_the_same_picture_from_it(pipe: Any) -> None:
@@ -64,8 +66,8 @@ def test_it_draws_the_backgrounds_that_unseen_captions_ask_for(pipe: Any) -> Non
         judged(sample, np.round(picture * 255).astype(np.uint8)).verdict.background
         for sample, picture in zip(samples, pictures, strict=True)
     ]
-    # A model with a true share of 0.9 falls to 17 of 24 in one sample of a hundred.
-    assert sum(right) >= 17
+    # A model with a true share of 0.97 falls to 20 of 24 in one sample of a hundred.
+    assert sum(right) >= 21
 
 
 def test_the_model_card_shows_the_figures_that_were_measured() -> None:

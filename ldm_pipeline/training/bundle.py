@@ -30,6 +30,8 @@ def bundle(model: Path, text: Path, report: Path | None, out: Path) -> Path:
     CLIPModel.from_pretrained(text / "clip", dtype=torch.float16).save_pretrained(
         unfinished / "clip"
     )
+    for config in unfinished.rglob("config.json"):
+        _forget_origin(config)
     if not (unfinished / "tokenizer").is_dir():
         raise UserError(f"{model} has no tokenizer")
     figures = json.loads(report.read_text("utf-8")) if report is not None else None
@@ -42,6 +44,13 @@ def bundle(model: Path, text: Path, report: Path | None, out: Path) -> Path:
         shutil.rmtree(out)
     unfinished.rename(out)
     return out
+
+
+def _forget_origin(config: Path) -> None:
+    """Leave out the folder that a model was loaded from: it tells of a machine alone."""
+    told = json.loads(config.read_text("utf-8"))
+    if told.pop("_name_or_path", None) is not None:
+        config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
 def model_card(figures: dict[str, Any] | None) -> str:
