@@ -20,7 +20,7 @@ from ldm_pipeline.training.ranks import Ranks
 try:
     import fcntl
 except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+    fcntl = None  # type: ignore[assignment]  # a module or nothing; _lock asks which
 
 log = logging.getLogger(__name__)
 

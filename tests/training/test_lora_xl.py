@@ -211,7 +211,7 @@ def test_stock_diffusers_draws_what_was_trained(folder: Path, opened: Opened, st
     objective = LoraObjective(config, opened)
     final = fit(objective, config)
     with safe_open(final / FILE_NAME, framework="pt") as file:
-        prefixes = {key.partition(".")[0] for key in file.keys()}  # noqa: SIM118
+        prefixes = {key.partition(".")[0] for key in file.keys()}  # noqa: SIM118  # no mapping
     assert prefixes == {"unet", "text_encoder", "text_encoder_2"}
     parts = {**opened.tiny_xl(), **objective.adapter.models}
     trained = StableDiffusionXLPipeline(**parts, add_watermarker=False)
