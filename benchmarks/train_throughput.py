@@ -69,7 +69,7 @@ def ours(objective: LoraObjective, batch: int) -> Callable[[int], Step]:
     trained = dict(objective.adapter.parameters)
     settings = objective.config.optimiser
     gradients, guard = Gradients(trained), Guard(torch.device("cpu"))
-    optimiser = build_optimiser(list(trained.values()), settings)
+    optimiser = build_optimiser(trained, settings)
 
     def step(number: int) -> Step:
         samples = objective.batch(range(number * batch, (number + 1) * batch))

@@ -57,8 +57,8 @@ class Settings(BaseModel):
 class OptimiserSettings(Settings):
     """The optimiser and the course of its learning rate: warm up, hold, cool down to zero."""
 
-    kind: Literal["adamw", "adamw8bit", "adafactor", "prodigy", "schedulefree"] = Field(
-        default="adamw", description="all but adamw and adafactor need the extra: optimisers"
+    kind: Literal["adamw", "muon", "adafactor", "adamw8bit", "prodigy", "schedulefree"] = Field(
+        default="adamw", description="all but the first three need the extra: optimisers"
     )
     lr: PositiveFloat = Field(default=1e-4, description="1 is usual for prodigy")
     betas: tuple[Part, Part] = (0.9, 0.99)

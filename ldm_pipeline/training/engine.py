@@ -38,7 +38,7 @@ from ldm_pipeline.training.config import TrainingConfig, write_yaml
 from ldm_pipeline.training.objective import Batch, Drawing, Objective, named
 from ldm_pipeline.training.ranks import Ranks, launched
 from ldm_pipeline.training.sharding import Shards, sharding
-from ldm_pipeline.training.start import precision
+from ldm_pipeline.training.start import compiled, precision
 from ldm_pipeline.training.steps import Steps, seed_of
 from ldm_pipeline.training.tracking import check_tracker, keep_picture, start_tracker
 from ldm_pipeline.training.updates import (
@@ -75,7 +75,9 @@ def check(config: TrainingConfig) -> None:
         )
     if run.mixed_precision == "fp16" and state.device.type == "cpu":
         raise UserError("run.mixed_precision='fp16' needs a GPU; use bf16 or no on a CPU")
-    build_optimiser([nn.Parameter(torch.zeros(1))], config.optimiser)  # is its library there?
+    build_optimiser(
+        {"one": nn.Parameter(torch.zeros(1))}, config.optimiser
+    )  # is its library there?
 
 
 def fit(objective: nn.Module, config: TrainingConfig) -> Path:
@@ -110,14 +112,13 @@ class _Run:
         self.ranks.start_alike(self.trained.values())
         self.gradients = Gradients(self.trained)
         self.guard = Guard(self.accelerator.device)
-        optimiser = build_optimiser(list(self.trained.values()), config.optimiser)
+        optimiser = build_optimiser(self.trained, config.optimiser)
         self.optimiser: Any = self.accelerator.prepare_optimizer(optimiser)
         self.optimiser.train()
         self.average = moving_average(objective, self.trained, config.optimiser.ema_decay)
         self.checkpoints = run.out / "checkpoints"
-        self.forward = torch.compile(self.module) if run.compile else self.module
-        self.accumulation = run.accumulation
-        self.best = math.inf
+        self.forward = compiled(self.module) if run.compile else self.module
+        self.accumulation, self.best = run.accumulation, math.inf
         self.done = self.logged = self._resume()
         if len(set(self.ranks.told(str(self.done)))) > 1:
             raise UserError(f"processes see different checkpoints in {run.out}; share that folder")

@@ -38,12 +38,14 @@ from ldm_pipeline.models.text import tokenise
 from ldm_pipeline.models.unet import bind
 from ldm_pipeline.training.config import (
     Fraction,
+    NonNegativeFloat,
     Positive,
     PositiveFloat,
     Settings,
     TrainingConfig,
     must_divide,
 )
+from ldm_pipeline.training.layout import FINE, LayoutHead, Listener, labels_of
 from ldm_pipeline.training.levels import LevelSettings
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.ranks import Ranks, launched
@@ -105,6 +107,9 @@ class LatentDiffusionConfig(TrainingConfig):
     data: CachedWorldSettings = CachedWorldSettings()
     levels: LevelSettings = LevelSettings()
     caption_dropout: Fraction = 0.1
+    layout_weight: NonNegativeFloat = Field(
+        default=0.0, description="of naming what is where, a task beside the denoising"
+    )
     min_snr_gamma: PositiveFloat | None = Field(
         default=None, description="min-SNR weights (2303.09556), capped here; 5 is usual"
     )
@@ -132,6 +137,10 @@ class LatentDiffusionObjective(nn.Module):
         if config.begin_from is not None:
             take_weights(self.unet, config.begin_from / "unet")
             take_weights(self.text_encoder, config.begin_from / "text_encoder")
+        self.layout: LayoutHead | None = None
+        if config.layout_weight:
+            self._listener = Listener(self.unet)
+            self.layout = LayoutHead(self._listener.channels)
         self.schedule = Schedule.from_config(SCHEDULER)
         gamma = config.min_snr_gamma
         self.loss = Loss() if gamma is None else Loss("min_snr", gamma)
@@ -141,22 +150,28 @@ class LatentDiffusionObjective(nn.Module):
     def batch(self, positions: range) -> Batch:
         """Latents, tokens, noise and levels of these positions."""
         n, seed = self.config.data.pictures, self.config.run.seed
-        indices, captions, levels = [], [], []
+        indices, captions, levels, labels = [], [], [], []
         for position in positions:
             index = int(_order(n, seed, position // n)[position % n])
             rng = np.random.default_rng([seed, 3, position])
             indices.append(index)
             captions.append(self._caption(index, rng))
             levels.append(self.config.levels.draw(rng, self.schedule.num_train_timesteps))
+            if self.layout is not None:
+                labels.append(labels_of(self.world.told(index)[0], FINE * self.mean.shape[-1]))
         shape = self.mean.shape[1:]
         mean, std = self.mean[indices].float(), self.std[indices].float()
         noise = noise_of(positions, (2, *shape), seed)
-        return {
+        tokens = tokenise(self.tokenizer, captions, warn=False).input_ids
+        batch = {
             "z": mean + std * noise[:, 0],
             "eps": noise[:, 1],
             "t": torch.tensor(levels),
-            "tokens": tokenise(self.tokenizer, captions, warn=False).input_ids,
+            "tokens": tokens,
         }
+        if labels:
+            batch["labels"] = torch.from_numpy(np.stack(labels))
+        return batch
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The denoising loss (2006.11239, eq. 14) of v-predictions (2202.00512).
@@ -165,7 +180,7 @@ class LatentDiffusionObjective(nn.Module):
         a mean that is weighted so, too, wherever it is not sure yet: things grew into large blots.
         """
         embeds = self.text_encoder(batch["tokens"])[0]
-        loss = denoising_loss(
+        denoising = denoising_loss(
             bind(self.unet, embeds),
             self.schedule,
             PREDICTS,
@@ -174,7 +189,12 @@ class LatentDiffusionObjective(nn.Module):
             batch["t"],
             self.loss,
         )
-        return {"loss": loss}
+        if self.layout is None:
+            return {"loss": denoising}
+        assert self._listener.heard is not None
+        layout = self.layout(self._listener.heard, batch["labels"])
+        loss = denoising + self.config.layout_weight * layout
+        return {"loss": loss, "denoising": denoising, "layout": layout}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

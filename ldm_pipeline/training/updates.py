@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.training.config import OptimiserSettings
+from ldm_pipeline.training.muon import Muon
 from ldm_pipeline.training.objective import Averaging
 
 MOST_MEASURES = 16
@@ -35,20 +36,24 @@ def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:
 
 
 def build_optimiser(
-    parameters: list[nn.Parameter], settings: OptimiserSettings
+    trained: Mapping[str, nn.Parameter], settings: OptimiserSettings
 ) -> torch.optim.Optimizer:
     """The optimiser that `settings` name; weight decay on matrices and filters, not on biases.
 
     AdamW is one fused kernel. Raises `UserError` where the library of another kind is missing.
     """
+    matrices = {name: p for name, p in trained.items() if p.ndim > 1}
     groups: list[dict[str, Any]] = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": list(matrices.values()), "weight_decay": settings.weight_decay},
+        {"params": [p for p in trained.values() if p.ndim <= 1], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     lr, betas, eps = settings.lr, settings.betas, settings.eps
     if settings.kind == "adamw":
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    if settings.kind == "muon":
+        tables = {id(p) for name, p in matrices.items() if "embedding" in name}
+        return Muon(groups, lr=lr, betas=betas, eps=eps, tables=tables)
     if settings.kind == "adafactor":
         return torch.optim.Adafactor(groups, lr=lr)
     try:

@@ -394,7 +394,7 @@ def test_a_closed_guard_leaves_everything_as_it_was() -> None:
     trained = dict(layer.named_parameters())
     gradients, guard = Gradients(trained), Guard(torch.device("cpu"))
     optimiser, average = (
-        build_optimiser(list(trained.values()), OptimiserSettings()),
+        build_optimiser(trained, OptimiserSettings()),
         MovingAverage(trained, 0.9),
     )
 

@@ -230,7 +230,7 @@ def run(seen: str) -> Look:
             if "process" in told[0]:
                 found["own"] += int(told[0]["process"] == os.getpid())
 
-        def compiled(module: nn.Module) -> nn.Module:
+        def compiled(module: nn.Module, *, options: dict[str, bool]) -> nn.Module:
             found["compiled"] += 1
             return module
 
@@ -465,6 +465,7 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "levels.std": Change(batch, 2.0),
         "levels.uniform": Change(batch, 1.0),
         "caption_dropout": Change(batch, 1.0),
+        "layout_weight": Change(loss, 0.5),
         "min_snr_gamma": Change(loss, 1.0),
     },
 }  # fmt: skip

@@ -21,7 +21,7 @@ from ldm_pipeline.training.updates import build_optimiser
 from tests.training.test_engine import Spoilt, stop_in
 from tests.training.toy import Toy, settings
 
-RATES = {"adamw": 1e-2, "adafactor": 1e-2, "prodigy": 1.0, "schedulefree": 1e-2}
+RATES = {"adamw": 1e-2, "muon": 1e-2, "adafactor": 1e-2, "prodigy": 1.0, "schedulefree": 1e-2}
 kinds = pytest.mark.parametrize("kind", RATES)
 
 
@@ -134,4 +134,4 @@ def test_a_missing_library_is_named(
     monkeypatch.setitem(sys.modules, f"{module}.optim", None)
     asked = OptimiserSettings.model_validate({"kind": kind, "ema_decay": 0})
     with pytest.raises(UserError, match=rf"kind='{kind}' needs pip install"):
-        build_optimiser(list(nn.Linear(2, 2).parameters()), asked)
+        build_optimiser(dict(nn.Linear(2, 2).named_parameters()), asked)

@@ -1,0 +1,77 @@
+"""A task beside the denoising: to name what is where, from the UNet's own features.
+
+The loss of a diffusion model hardly sees which word went where: a small thing is a few places of a
+latent, and a wrong one costs little more than a blurred one. Here the truth is known, so a linear
+head on the features of the finest grid names kind and colour at each place (with known truth what
+2410.06940 does with the features of another network). It is left out of what is exported, and says
+nothing about how much each place weighs in the denoising loss.
+
+Legend
+    feats    features of the finest grid, [B, C, h, w], before the last block of the UNet
+    labels   kinds and colours, [B, 2, FINE h, FINE w]: 0 is the background, then their numbers
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch.nn.functional as F
+from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+
+from ldm_pipeline.data.world import COLOURS, KINDS, Scene, masks
+
+FINE = 2
+"""Labels along each side of a place of the latents, which is 8 x 8 pixels."""
+
+CLASSES = (1 + len(KINDS), 1 + len(COLOURS))
+BACKGROUND_WEIGHT = 0.2
+
+
+class LayoutHead(nn.Module):
+    """Names kind and colour at FINE x FINE points of each place."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(1, channels)
+        self.names = nn.Conv2d(channels, FINE * FINE * sum(CLASSES), kernel_size=1)
+
+    def forward(self, feats: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross-entropy of kinds and of colours, a scalar; things weigh more."""
+        told = F.pixel_shuffle(self.names(self.norm(feats)), FINE).float()
+        kinds, colours = told.split(CLASSES, dim=1)
+        losses = [
+            F.cross_entropy(kinds, labels[:, 0].long(), weight=_weights(kinds)),
+            F.cross_entropy(colours, labels[:, 1].long(), weight=_weights(colours)),
+        ]
+        return sum(losses[1:], losses[0])
+
+
+def labels_of(scene: Scene, side: int) -> np.ndarray:
+    """Kind and colour at each of side x side points of a scene, uint8 [2, side, side]."""
+    labels = np.zeros((2, side, side), dtype=np.uint8)
+    for thing, mask in zip(scene.things, masks(scene), strict=True):
+        step = mask.shape[0] // side
+        inside = mask[step // 2 :: step, step // 2 :: step]
+        labels[0][inside] = 1 + KINDS.index(thing.kind)
+        labels[1][inside] = 1 + tuple(COLOURS).index(thing.colour)
+    return labels
+
+
+class Listener:
+    """Keeps the features of the finest grid that went into the last block of a UNet."""
+
+    def __init__(self, unet: UNet2DConditionModel) -> None:
+        several = len(unet.up_blocks) > 1
+        block = unet.up_blocks[-2] if several else unet.mid_block
+        self.channels: int = unet.config.block_out_channels[1 if several else 0]
+        self.heard: Tensor | None = None
+        block.register_forward_hook(self._hear)
+
+    def _hear(self, block: nn.Module, inputs: object, output: Tensor) -> None:
+        self.heard = output
+
+
+def _weights(logits: Tensor) -> Tensor:
+    weights = logits.new_ones(logits.shape[1])
+    weights[0] = BACKGROUND_WEIGHT
+    return weights

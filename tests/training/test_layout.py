@@ -1,0 +1,71 @@
+"""The task beside the denoising: its labels are the truth, and it teaches the UNet."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from diffusers import UNet2DConditionModel
+
+from ldm_pipeline.data.world import COLOURS, KINDS, World
+from ldm_pipeline.training.layout import CLASSES, FINE, LayoutHead, Listener, labels_of
+
+
+def test_labels_are_what_covers_each_point() -> None:
+    """The label of a point is the thing over its middle, and every thing has its area, as nearly as
+    32 x 32 points can tell it."""
+    seen = 0
+    for index in range(40):
+        sample = World(3)[index]
+        labels = labels_of(sample.scene, 32)
+        assert labels.shape == (2, 32, 32)
+        background = np.ones((32, 32), dtype=bool)
+        for thing, mask in zip(sample.scene.things, sample.masks, strict=True):
+            here = mask[2::4, 2::4]
+            assert (labels[0][here] == 1 + KINDS.index(thing.kind)).all()
+            assert (labels[1][here] == 1 + tuple(COLOURS).index(thing.colour)).all()
+            assert abs(here.mean() - mask.mean()) < 0.03
+            background &= ~here
+            seen += 1
+        assert (labels[:, background] == 0).all()
+    assert seen > 40
+
+
+def test_the_head_learns_what_is_where() -> None:
+    """Features that tell kind and colour are named rightly after some steps; others are not."""
+    torch.manual_seed(0)
+    scenes = [World(0).told(index)[0] for index in range(4)]
+    labels = torch.from_numpy(np.stack([labels_of(scene, 16 * FINE) for scene in scenes]))
+    head = LayoutHead(32)
+    telling = torch.randn(4, 32, 16, 16)
+    optimiser = torch.optim.Adam(head.parameters(), lr=0.05)
+    first = float(head(telling, labels).detach())
+    assert 0 < first < 3 * sum(np.log(CLASSES))
+    for _ in range(60):
+        optimiser.zero_grad()
+        loss = head(telling, labels)
+        loss.backward()
+        optimiser.step()
+    assert float(loss.detach()) < 0.5 * first
+
+
+def test_it_hears_the_finest_features_and_changes_nothing() -> None:
+    """One or several levels: the features are those of the grid of the latents, with a gradient."""
+    for channels in ((8,), (8, 16), (8, 16, 24)):
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel(
+            sample_size=8,
+            block_out_channels=channels,
+            down_block_types=("CrossAttnDownBlock2D",) * len(channels),
+            up_block_types=("CrossAttnUpBlock2D",) * len(channels),
+            layers_per_block=1,
+            attention_head_dim=2,
+            cross_attention_dim=8,
+            norm_num_groups=4,
+        )
+        told = torch.randn(2, 4, 8, 8), torch.tensor(3), torch.randn(2, 5, 8)
+        before = unet(*told).sample
+        listener = Listener(unet)
+        assert torch.equal(unet(*told).sample, before)
+        assert listener.heard is not None
+        assert listener.heard.shape == (2, listener.channels, 8, 8)
+        assert listener.heard.requires_grad
