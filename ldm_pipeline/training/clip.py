@@ -7,7 +7,9 @@ Legend
     s        the learnt inverse temperature
 
 Each picture picks its caption among all B (1 + K), each caption its picture among all B
-(2103.00020, figure 3; hard negatives as in 2210.01936).
+(2103.00020, figure 3; hard negatives as in 2210.01936). Beside it a linear head on the vision
+tower's patches may name what is where (`training.layout`): a tower that knows the things by sight
+has only to learn their words.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from typing import Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
@@ -32,15 +34,19 @@ from ldm_pipeline.data.world import (
 from ldm_pipeline.models.text import tokenise
 from ldm_pipeline.training.config import (
     NonNegative,
+    NonNegativeFloat,
     Positive,
     Settings,
     TrainingConfig,
     must_divide,
 )
+from ldm_pipeline.training.layout import FINE, LayoutHead, labels_of
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.start import take_weights
 from ldm_pipeline.training.tokenizer import train_tokenizer
 from ldm_pipeline.training.world_data import WorldSettings, as_tensor
+
+SIDE = 128
 
 
 class ClipSettings(Settings):
@@ -59,7 +65,7 @@ class ClipSettings(Settings):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         must_divide("heads", self.heads, widths=(self.text_width, self.vision_width))
-        must_divide("patch", self.patch, side=(128,))
+        must_divide("patch", self.patch, side=(SIDE,))
         return self
 
 
@@ -69,6 +75,9 @@ class ClipConfig(TrainingConfig):
     model: ClipSettings = ClipSettings()
     data: WorldSettings = WorldSettings()
     hard_negatives: NonNegative = 3
+    layout_weight: NonNegativeFloat = Field(
+        default=0.0, description="of naming what is where, a task beside the contrastive one"
+    )
 
 
 class ClipObjective(nn.Module):
@@ -82,27 +91,37 @@ class ClipObjective(nn.Module):
         captions = [self.world.told(i)[2] for i in range(20_000)]
         self.tokenizer = train_tokenizer(captions, config.model.merges, config.model.length)
         self.clip = CLIPModel(_clip_config(config.model, self.tokenizer))
+        self.grid = SIDE // config.model.patch
+        self.layout: LayoutHead | None = None
+        if config.layout_weight:
+            self.layout = LayoutHead(config.model.vision_width)
         if config.begin_from is not None:
             take_weights(self.clip, config.begin_from)
 
     def batch(self, positions: range) -> Batch:
         """Pictures, and token ids of 1 + K captions each [B, 1 + K, L]; the first is true."""
-        pictures, captions = [], []
+        pictures, captions, labels = [], [], []
         for position in positions:
             sample = self.world[position]
+            if self.layout is not None:
+                labels.append(labels_of(sample.scene, FINE * self.grid))
             rng = np.random.default_rng([self.config.run.seed, 1, position])
             pictures.append(sample.picture)
             wrong = wrong_captions(sample.description, rng, self.config.hard_negatives)
             captions += [sample.caption, *wrong]
         tokens = tokenise(self.tokenizer, captions, warn=False).input_ids
-        return {
+        batch = {
             "pictures": as_tensor(pictures),
             "tokens": tokens.view(len(pictures), -1, tokens.shape[-1]),
         }
+        if labels:
+            batch["labels"] = torch.from_numpy(np.stack(labels))
+        return batch
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The symmetric contrastive loss, and how often pictures and captions find each other."""
-        pictures, texts = self.embed(batch["pictures"], batch["tokens"].flatten(0, 1))
+        pictures, patches = self.see(batch["pictures"])
+        texts = self.read(batch["tokens"].flatten(0, 1))
         texts = texts.view(*batch["tokens"].shape[:2], -1)
         true, wrong = texts[:, 0], texts[:, 1:].flatten(0, 1)
         s = self.clip.logit_scale.clamp(max=4.6).exp()
@@ -113,18 +132,29 @@ class ClipObjective(nn.Module):
         own = torch.cat(
             [by_picture.diagonal()[:, None], s * (texts[:, 1:] @ pictures[:, :, None])[..., 0]], 1
         )
-        return {
-            "loss": loss,
+        measures = {
             "picks_caption": (by_picture.argmax(1) == wanted).float().mean(),
             "beats_hard": (own.argmax(1) == 0).float().mean(),
         }
+        if self.layout is None or "labels" not in batch:
+            return {"loss": loss, **measures}
+        layout = self.layout(patches, batch["labels"])
+        loss = loss + self.config.layout_weight * layout
+        return {"loss": loss, "layout": layout, **measures}
 
-    def embed(self, pictures: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit vectors of pictures [B, 3, 128, 128] and of captions [N, L], in float32."""
+    def see(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
+        """Of pictures [B, 3, 128, 128] the unit vectors [B, P], in float32, and the features of
+        their patches [B, C, grid, grid]."""
+        told = self.clip.vision_model(pixel_values=pictures)
+        vectors = F.normalize(self.clip.visual_projection(told.pooler_output).float(), dim=-1)
+        patches = told.last_hidden_state[:, 1:].transpose(1, 2)
+        return vectors, patches.unflatten(2, (self.grid, self.grid))
+
+    def read(self, tokens: Tensor) -> Tensor:
+        """Unit vectors of captions [N, L], [N, P] in float32."""
         used = int((tokens != tokens[0, -1]).sum(1).max()) + 1  # what follows is padding
-        seen = self.clip.get_image_features(pixel_values=pictures).pooler_output
         read = self.clip.get_text_features(input_ids=tokens[:, :used]).pooler_output
-        return F.normalize(seen.float(), dim=-1), F.normalize(read.float(), dim=-1)
+        return F.normalize(read.float(), dim=-1)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -187,7 +217,7 @@ def _clip_config(settings: ClipSettings, tokenizer: CLIPTokenizer) -> CLIPConfig
             "intermediate_size": 4 * settings.vision_width,
             "num_hidden_layers": settings.vision_layers,
             "num_attention_heads": settings.heads,
-            "image_size": 128,
+            "image_size": SIDE,
             "patch_size": settings.patch,
             "projection_dim": settings.projection,
         },

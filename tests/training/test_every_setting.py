@@ -446,6 +446,7 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "model.merges": Change(batch, 60),
         "data.seed": Change(batch, 1),
         "hard_negatives": Change(batch, 1),
+        "layout_weight": Change(loss, 0.5),
     },
     LatentDiffusionConfig: {
         "run.seed": Change(batch, 1),
