@@ -51,12 +51,24 @@ class AutoencoderSettings(Settings):
         return self
 
 
-class AutoencoderLossSettings(Settings):
-    """The weights of the loss terms."""
+class LikenessSettings(Settings):
+    """The weights of what makes one picture unlike another."""
 
     l1: NonNegativeFloat = 1.0
     edges: NonNegativeFloat = 1.0
     mse: NonNegativeFloat = 1.0
+
+    def likeness(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum for reconstructions y of x, a scalar, and the terms worth a look."""
+        error = y - x
+        l1, mse = error.abs().mean(), error.square().mean()
+        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        return self.l1 * l1 + self.edges * edges + self.mse * mse, {"l1": l1, "edges": edges}
+
+
+class AutoencoderLossSettings(LikenessSettings):
+    """The weights of the loss terms."""
+
     kl: NonNegativeFloat = 1e-4
 
 
@@ -122,7 +134,7 @@ class AutoencoderObjective(nn.Module):
         for position in positions:
             sample = self.world[position]
             rng = np.random.default_rng([config.run.seed, position])
-            top, left = _corner(sample.scene, side, config.around_things, rng)
+            top, left = corner_of(sample.scene, side, config.around_things, rng)
             crops.append(sample.picture[top : top + side, left : left + side])
         latent = (config.model.latent_channels, side // 8, side // 8)
         return {"x": as_tensor(crops), "noise": noise_of(positions, latent, config.run.seed)}
@@ -133,12 +145,9 @@ class AutoencoderObjective(nn.Module):
         posterior = self.vae.encode(x).latent_dist
         z = posterior.mean + posterior.std * batch["noise"]
         y = self.vae.decode(z).sample.float()
-        error = y - x
-        l1, mse = error.abs().mean(), error.square().mean()
-        edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        likeness, terms = weights.likeness(x, y)
         kl = posterior.kl().mean() / z[0].numel()
-        loss = weights.l1 * l1 + weights.edges * edges + weights.mse * mse + weights.kl * kl
-        return {"loss": loss, "l1": l1, "edges": edges, "kl": kl}
+        return {"loss": likeness + weights.kl * kl, **terms, "kl": kl}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
@@ -165,10 +174,11 @@ class AutoencoderObjective(nn.Module):
         self.vae.save_pretrained(folder)
 
 
-def _corner(
+def corner_of(
     scene: Scene, side: int, around_things: float, rng: np.random.Generator
 ) -> tuple[int, int]:
-    """(top, left) of a crop: anywhere, or so that the centre of a thing lies in its middle half."""
+    """(top, left) of a crop of `side` pixels: anywhere, or so that the centre of a thing lies in
+    its middle half."""
     room = 128 - side
     top, left = (int(value) for value in rng.integers(0, room + 1, 2))
     if scene.things and rng.random() < around_things:

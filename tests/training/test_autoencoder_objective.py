@@ -16,7 +16,7 @@ from ldm_pipeline.data.world import World
 from ldm_pipeline.training.autoencoder import (
     AutoencoderConfig,
     AutoencoderObjective,
-    _corner,
+    corner_of,
     psnr,
 )
 from ldm_pipeline.training.world_data import as_tensor, fresh_pictures, noise_of
@@ -69,7 +69,7 @@ def test_crops_hold_a_thing_as_often_as_asked(side: int) -> None:
     rng = np.random.default_rng(0)
     scenes = [World(0)[i].scene for i in range(40)]
     for scene in scenes:
-        top, left = _corner(scene, side, 1.0, rng)
+        top, left = corner_of(scene, side, 1.0, rng)
         assert 0 <= top <= 128 - side
         assert 0 <= left <= 128 - side
         held = [
@@ -77,7 +77,7 @@ def test_crops_hold_a_thing_as_often_as_asked(side: int) -> None:
             for thing in scene.things
         ]
         assert any(held) or not scene.things
-    anywhere = [_corner(scenes[0], side, 0.0, rng)[0] for _ in range(600)]
+    anywhere = [corner_of(scenes[0], side, 0.0, rng)[0] for _ in range(600)]
     assert {min(anywhere), max(anywhere)} == {0, 128 - side}
 
 

@@ -46,6 +46,7 @@ from ldm_pipeline.training.engine import fit
 from ldm_pipeline.training.latent_diffusion import LatentDiffusionConfig, LatentDiffusionObjective
 from ldm_pipeline.training.lcm import LcmConfig, LcmObjective
 from ldm_pipeline.training.lora import LoraConfig, LoraObjective
+from ldm_pipeline.training.small_decoder import SmallDecoderConfig, SmallDecoderObjective
 from tests.conftest import build, tiny_scheduler
 from tests.training.conftest import SmallWorld
 from tests.training.toy import Toy
@@ -112,6 +113,7 @@ OBJECTIVES: dict[type[TrainingConfig], Callable[[Any], Any]] = {
     LoraConfig: lora,
     LcmConfig: lcm,
     AutoencoderConfig: AutoencoderObjective,
+    SmallDecoderConfig: SmallDecoderObjective,
     ClipConfig: ClipObjective,
     LatentDiffusionConfig: LatentDiffusionObjective,
 }
@@ -281,6 +283,12 @@ BASE: dict[type[TrainingConfig], Values] = {
         "model": {"channels": [8, 8, 8, 8], "norm_groups": 4},
         "crop": 32, "first_crop": 16,
     },
+    SmallDecoderConfig: {
+        "run": {"out": "unused", "batch_size": 2, "mixed_precision": "no"},
+        "autoencoder": "autoencoder",
+        "model": {"channels": [8, 8, 8, 8], "blocks": [1, 1, 1, 1], "encoder_channels": 8},
+        "data": {"pictures": 8}, "crop": 32,
+    },
     ClipConfig: {
         "run": {"out": "unused", "batch_size": 2},
         "model": {"text_width": 16, "text_layers": 1, "vision_width": 16, "vision_layers": 1,
@@ -432,6 +440,23 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "around_things": Change(batch, 0.0),
         "decoder_only": Change(trained, True, {"begin_from": "autoencoder"}),
     },
+    SmallDecoderConfig: {
+        "run.seed": Change(batch, 1),
+        "begin_from": Change(trained, "small decoder", SEEDED),
+        "autoencoder": Change(batch, "another autoencoder"),
+        "model.channels": Change(trained, [16, 8, 8, 8]),
+        "model.blocks": Change(trained, [2, 1, 1, 1]),
+        "model.encoder_channels": Change(trained, 16),
+        "loss.l1": Change(loss, 2.0),
+        "loss.edges": Change(loss, 2.0),
+        "loss.mse": Change(loss, 2.0),
+        "loss.latents": Change(loss, 2.0),
+        "data.seed": Change(batch, 1),
+        "data.pictures": Change(batch, 6),
+        "data.cache": Change(cached, "elsewhere"),
+        "crop": Change(batch, 64),
+        "around_things": Change(batch, 0.0),
+    },
     ClipConfig: {
         "run.seed": Change(batch, 1),
         "begin_from": Change(trained, "text/clip", SEEDED),
@@ -564,6 +589,8 @@ def models(place: Path, _inside: None) -> None:
     files.save(place / "adapter", adapted.adapter.weights())
     another = AutoencoderObjective(config_of(AutoencoderConfig, SEEDED))
     another.vae.save_pretrained(place / "another autoencoder")
+    another_small = SmallDecoderObjective(config_of(SmallDecoderConfig, SEEDED))
+    another_small.export(place / "small decoder")
     shutil.copytree(place / "text", place / "another text")
     encoder = CLIPTextModel.from_pretrained(place / "text" / "text_encoder")
     with torch.no_grad():
