@@ -25,6 +25,9 @@ SHARED = {"", "errors", "grid", "images", "request"}
 FRONT = {"pipeline", "loading", "running", "randomness"}
 """The files that together are the pipeline."""
 
+FILES = {"metadata", "picture_files"}
+"""What a picture file holds, and how it is written and read."""
+
 ALLOWED = {
     "diffusion": {"errors"},
     "models": {"diffusion", *SHARED},
@@ -34,9 +37,10 @@ ALLOWED = {
     "data": SHARED,
     "evaluation": {"pipeline", "analysis", "data", "grid", *SHARED},
     "training": {"lora", "models", "data", "diffusion", *SHARED},
-    "commands": {"evaluation", "data", "metadata", "grid", "lora", "models", "pipeline", *SHARED},
+    "commands": {"evaluation", "data", "lora", "models", "pipeline", *FILES, *SHARED},
     "cli": {"commands", *SHARED},
     "metadata": SHARED,
+    "picture_files": {"metadata", *SHARED},
     "grid": SHARED,
     "request": {"errors"},
     "images": {"errors"},

@@ -24,7 +24,9 @@ from ldm_pipeline.commands.sources import BUNDLED, find, open_pipeline
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.lora.files import check_weight, inspect
 from ldm_pipeline.lora.notes import read_note
-from ldm_pipeline.metadata import Recipe, installed_versions, save_png
+from ldm_pipeline.metadata import Recipe, installed_versions
+from ldm_pipeline.models.prompt_syntax import parse
+from ldm_pipeline.picture_files import check_fits, save_picture
 from ldm_pipeline.request import LCM_GUIDANCE, LCM_STEPS, SAMPLER_NAMES, Request
 
 if TYPE_CHECKING:
@@ -69,7 +71,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add = parser.add_argument
     add("prompt", nargs="*", help="what to draw; several prompts give several files, numbered")
-    add("-o", "--output", type=Path, metavar="FILE.png", help="where to write (named by the words)")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="a .png, .webp or .jpg (a .png named by the words)",
+    )
     add("--prompts", type=Path, metavar="FILE", help="read prompts from a text file, one a line")
     add("--negative", metavar="TEXT", help="what to keep out of the picture")
     add("--n", type=int, default=1, help="pictures for each prompt (%(default)s)")
@@ -79,6 +87,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         help="the first picture's seed, from which the next ones count on (random)",
     )
+    add_prompt_arguments(parser)
     add_step_arguments(parser)
     add("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLER_NAMES)} (the model's own)")
     add("--height", type=int, help="pixels, a multiple of 8 (the model's own)")
@@ -92,6 +101,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_model_arguments(parser)
     add("--quiet", action="store_true", help="print nothing but the files' names")
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how prompts are read."""
+    parser.add_argument(
+        "--plain",
+        action="store_true",
+        help="read brackets and BREAK as words, and cut prompts at the model's length; without, "
+        "(word:1.3) and [word] weigh words, and prompts may be of any length",
+    )
 
 
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,15 +154,10 @@ def run(args: argparse.Namespace) -> None:
     source = find(args.model)
     say: Say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
     if source.bundled:
-        warn_of_unknown_words([*prompts, *([args.negative] if args.negative else [])])
+        texts = [*prompts, *([args.negative] if args.negative else [])]
+        warn_of_unknown_words(texts if args.plain else [words_of(text) for text in texts])
 
     device, dtype = pick_device(args.device, args.dtype)
-    pipeline = open_pipeline(source, device, dtype)
-    if loras:
-        from ldm_pipeline.lora.attach import attach
-
-        attach(pipeline, loras)
-    pipeline.set_progress_bar_config(disable=args.quiet or len(jobs) > 1 or not sys.stderr.isatty())
     recipe = Recipe(
         prompts=tuple(prompts),
         seed=seed,
@@ -159,19 +173,29 @@ def run(args: argparse.Namespace) -> None:
         grid=args.grid,
         loras=loras,
         lcm="" if args.lcm is True else args.lcm or None,
+        weighted=not args.plain,
         versions=installed_versions(),
     )
+    output = check_output(args, prompts)
+    longest = replace(recipe, prompts=(max(prompts, key=len),))
+    check_fits(output, recipe if args.grid else longest)
+    pipeline = open_pipeline(source, device, dtype)
+    if loras:
+        from ldm_pipeline.lora.attach import attach
+
+        attach(pipeline, loras)
+    pipeline.set_progress_bar_config(disable=args.quiet or len(jobs) > 1 or not sys.stderr.isatty())
     sampler = "lcm" if args.lcm else args.sampler or "own sampler"
     say(f"seed {seed}, {args.steps} steps, {sampler}, {device} {dtype}")
     began = time.perf_counter()
     pictures = draw(pipeline, jobs, args, say)
     if args.grid:
-        write_grid(list(pictures), jobs, recipe, check_output(args, prompts))
+        write_grid(list(pictures), jobs, recipe, output)
     else:
         for job, picture in zip(jobs, pictures, strict=True):
             assert job.file is not None
             alone = replace(recipe, prompts=(job.prompt,), seed=job.seed, n=1)
-            save_png(picture, job.file, replace(alone, size=(picture.height, picture.width)))
+            save_picture(picture, job.file, replace(alone, size=(picture.height, picture.width)))
             print(job.file, flush=True)
     say(f"{len(jobs)} drawn in {time.perf_counter() - began:.1f} s")
 
@@ -297,6 +321,11 @@ def plan(args: argparse.Namespace, prompts: Sequence[str], seed: int) -> list[Jo
     return [Job(p, seed + k, f) for k, (p, f) in enumerate(zip(wanted, files, strict=True))]
 
 
+def words_of(prompt: str) -> str:
+    """The words of a weighted prompt, without its syntax."""
+    return " ".join(part.text for section in parse(prompt).sections for part in section)
+
+
 def warn_of_unknown_words(prompts: Sequence[str]) -> None:
     """Name on stderr the words that the bundled model never learnt, with the nearest it knows."""
     from difflib import get_close_matches
@@ -352,6 +381,7 @@ def draw(
                 width=args.width,
                 seed=job.seed,
                 lcm=args.lcm,
+                weighted=not args.plain,
             )
         except OutOfMemoryError as error:
             raise UserError(
@@ -372,5 +402,5 @@ def write_grid(
     seeds = recipe.n > 1
     captions = [f"{job.prompt} (seed {job.seed})" if seeds else job.prompt for job in jobs]
     size = (pictures[0].height, pictures[0].width)
-    save_png(captioned_grid(pictures, captions, columns), output, replace(recipe, size=size))
+    save_picture(captioned_grid(pictures, captions, columns), output, replace(recipe, size=size))
     print(output, flush=True)
