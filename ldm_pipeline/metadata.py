@@ -13,6 +13,7 @@ import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import Any
 
 FORMAT = 1
@@ -198,12 +199,14 @@ def quote(word: str) -> str:
 
 def installed_versions(packages: Sequence[str] = RECORDED_PACKAGES) -> dict[str, str]:
     """The installed version of each of `packages`, read without importing any of them."""
+    return {package: _version(package) for package in packages}
+
+
+@cache
+def _version(package: str) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

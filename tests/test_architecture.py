@@ -36,7 +36,9 @@ ALLOWED = {
     "analysis": {"models", "diffusion", *SHARED},
     "data": SHARED,
     "evaluation": {"pipeline", "analysis", "data", "grid", *SHARED},
-    "training": {"lora", "models", "data", "diffusion", *SHARED},
+    "training": {"lora", "models", "data", "diffusion", "processes", *SHARED},
+    "processes": {"errors"},
+    "batch": {"cli", "commands", "processes", *FILES, *SHARED},
     "commands": {"evaluation", "data", "lora", "models", "pipeline", *FILES, *SHARED},
     "cli": {"commands", *SHARED},
     "metadata": SHARED,
@@ -265,7 +267,10 @@ def test_an_import_is_seen_in_every_spelling(line: str, layer: str) -> None:
     assert layer in layers(ast.parse(line), "ldm_pipeline.diffusion")
 
 
-@pytest.mark.parametrize("module", ["ldm_pipeline", "ldm_pipeline.cli", "ldm_pipeline.request"])
+@pytest.mark.parametrize(
+    "module",
+    ["ldm_pipeline", "ldm_pipeline.cli", "ldm_pipeline.request", "ldm_pipeline.batch.__main__"],
+)
 def test_the_door_opens_without_heavy_packages(module: str) -> None:
     heavy = ("torch", "numpy", "PIL", "diffusers", "transformers")
     script = f"import {module}, sys; print([m for m in {heavy} if m in sys.modules])"

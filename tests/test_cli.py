@@ -253,8 +253,8 @@ def test_quiet_prints_only_names(ldm: Ldm, model: Path) -> None:
 
 
 def test_words_never_learnt_are_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    weighted = generate.words_of("a (red:1.3) BREAK star <lora:x:1>")
-    generate.warn_of_unknown_words([weighted, "a purpel house, Red"])
+    prompts = ["a (red:1.3) BREAK star <lora:x:1>", "a purpel house, Red"]
+    generate.warn_of_unknown_words(prompts, weighted=True)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "'purpel'" in lines[0]
