@@ -49,6 +49,10 @@ SAME = 1e-3
 """A mean below this share of the embeddings' size is rounding, and cannot be kept."""
 
 
+LEAST = 0.1
+"""Below this the weights have all but silenced a text, which nothing brings back."""
+
+
 @dataclass(frozen=True, eq=False)
 class Chunks:
     """Texts as a text encoder reads them: `ids`, `mask` and `weights`, each [n, k, L].
@@ -156,15 +160,17 @@ def encode(ask: Ask, chunks: Chunks) -> tuple[Tensor, Tensor | None]:
 def emphasise(z: Tensor, w: Tensor) -> Tensor:
     """`w z`, brought back to the mean of `z` [m, L, C], chunk by chunk.
 
-    The mean is what AUTOMATIC1111 keeps, there over the whole batch. Where it cannot be kept (it is
-    no more than rounding, or the weights cancel it), the product stays as it is.
+    The mean is what AUTOMATIC1111 keeps, there over the whole batch. It grows by an average of the
+    weights as long as the tokens' means are of one sign. Where it does not, or is no more than
+    rounding, keeping it would scale the embeddings by any number: there the product stays.
     """
     wide = z.float()
     weighted = wide * w[..., None].float()
     before, after = wide.mean((1, 2)), weighted.mean((1, 2))
     size = wide.square().mean((1, 2)).sqrt()
     grown = after / before
-    steady = (before.abs() > SAME * size) & (grown > 0.1) & (grown < 10)
+    least, most = w.float().amin(1).clamp(min=LEAST), w.float().amax(1)
+    steady = (before.abs() > SAME * size) & (grown >= least) & (grown <= most)
     return (weighted / torch.where(steady, grown, 1.0)[:, None, None]).to(z.dtype)
 
 

@@ -189,8 +189,12 @@ def test_every_weight_gives_finite_embeddings(weight: float, words: tuple[Any, A
 
 
 def test_a_mean_that_cannot_be_kept_is_left(words: tuple[Any, Any]) -> None:
-    z = torch.tensor([[[1.0, -1.0], [2.0, -2.0]], [[1.0, 1.0], [1.0, 1.0]]])
-    w = torch.tensor([[1.0, 2.0], [1.0, -0.99]])
+    """A mean of 0, and weights that cancel it, turn it over, or make it grow beyond themselves."""
+    z = torch.tensor([
+        [[1.0, -1.0], [2.0, -2.0]], [[1.0, 1.0], [1.0, 1.0]], [[1.0, 1.0], [-0.9, -0.9]],
+        [[1.0, 1.0], [-0.5, -0.5]],
+    ])  # fmt: skip
+    w = torch.tensor([[1.0, 2.0], [1.0, -0.99], [1.0, 1.5], [1.0, 0.5]])
     assert torch.equal(emphasise(z, w), z * w[..., None])
     kept = emphasise(torch.ones(1, 2, 3), torch.tensor([[1.0, 3.0]]))
     assert torch.equal(kept[0, :, 0], torch.tensor([0.5, 1.5]))
