@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from typing import NoReturn, cast
 
@@ -92,16 +92,16 @@ def dispatch(arguments: Sequence[str]) -> None:
     command.run(parser.parse(rest))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `ldm` with `arguments` (default: the process's own) and return the exit code."""
+def ended(name: str, act: Callable[[], None]) -> int:
+    """Do `act`, the work of the program `name`; word what ends it, and return the exit code."""
     try:
-        dispatch(sys.argv[1:] if arguments is None else arguments)
+        act()
         sys.stdout.flush()
     except UserError as error:
-        print("ldm: " + " ".join(str(error).split()), file=sys.stderr)
+        print(f"{name}: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\nldm: interrupted", file=sys.stderr)
+        print(f"\n{name}: interrupted", file=sys.stderr)
         return 130
     except BrokenPipeError:  # the reader of our output has left, as `ldm show x | head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -109,6 +109,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except SystemExit as leave:  # argparse leaves this way after printing a command's help
         return leave.code if isinstance(leave.code, int) else 0
     return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `ldm` with `arguments` (default: the process's own) and return the exit code."""
+    return ended("ldm", lambda: dispatch(sys.argv[1:] if arguments is None else arguments))
 
 
 if __name__ == "__main__":

@@ -1,33 +1,42 @@
-"""What a picture file remembers: the recipe that drew it, in the text chunks of a PNG.
+"""What a picture file remembers: the recipe that drew it.
 
-A `Recipe` is everything that decides the pixels. It travels in the file as JSON (chunk `ldm`),
-and as the line of settings that other picture tools read (chunk `parameters`). `Recipe.command`
-turns it back into the shell command that draws the same file again, byte for byte; for that the
-file holds nothing that changes from run to run: no time, no file name, no machine.
-
-Legend: a *chunk* is one keyword and its text inside a PNG file.
+A `Recipe` is everything that decides the pixels. It travels in the file (see `picture_files`) as
+JSON, and as the settings that other picture tools read. `Recipe.command` turns it back into the
+shell command that draws the same file again, byte for byte; for that it holds nothing that changes
+from run to run: no time, no file name, no machine.
 """
 
 from __future__ import annotations
 
 import json
-import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from ldm_pipeline.errors import UserError
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-CHUNK = "ldm"
-"""The chunk that holds the recipe as JSON."""
+from functools import cache
+from typing import Any
 
 FORMAT = 1
 """The version of that JSON; a reader refuses a later one."""
+
+SAMPLERS = {
+    "ddim": "DDIM",
+    "ddpm": "DDPM",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "heun": "Heun",
+    "dpmpp_2m": "DPM++ 2M",
+    "lcm": "LCM",
+    "pndm": "PLMS",
+    "unipc": "UniPC",
+    "deis": "DEIS",
+    "kdpm2": "DPM2",
+    "kdpm2_a": "DPM2 a",
+    "dpmpp_2s": "DPM++ 2S",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "tcd": "TCD",
+}
+"""What other picture tools call our samplers."""
 
 RECORDED_PACKAGES = ("ldm-pipeline", "torch", "diffusers", "transformers", "numpy", "pillow")
 
@@ -39,7 +48,8 @@ class Recipe:
     `prompts` holds one prompt, or, for a grid, one for each of its captions; `n` is the number of
     pictures for each prompt. Picture k of a run uses seed `seed + k`. `sampler` None is the
     model's own. `size` is (height, width) in pixels. `loras` are adapter files with their
-    weights; `lcm` is that of few steps, "" the bundled model's. `versions` names the packages that
+    weights; `lcm` is that of few steps, "" the bundled model's. `weighted` says that prompts were
+    read with weights and BREAK, which older pictures' were not. `versions` names the packages that
     drew it: they do not enter the command, but other versions may round differently.
     """
 
@@ -57,6 +67,7 @@ class Recipe:
     grid: bool = False
     loras: tuple[tuple[str, float], ...] = ()
     lcm: str | None = None
+    weighted: bool = False
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def command(self, output: str) -> str:
@@ -77,6 +88,8 @@ class Recipe:
             words += ["--n", str(self.n)]
         if self.grid:
             words += ["--grid"]
+        if not self.weighted:
+            words += ["--plain"]
         if any(prompt.startswith("-") for prompt in self.prompts):
             words += ["--"]
         return " ".join(map(quote, [*words, *self.prompts]))
@@ -84,13 +97,16 @@ class Recipe:
     def to_json(self) -> str:
         """The recipe as JSON, the same text for the same recipe.
 
-        `loras` and `lcm` are left out where there are none: so it was before there were any.
+        `loras`, `lcm` and `weighted` are left out where there are none: so it was before there
+        were any.
         """
         values = asdict(self)
         if not self.loras:
             del values["loras"]
         if self.lcm is None:
             del values["lcm"]
+        if not self.weighted:
+            del values["weighted"]
         return json.dumps({"format": FORMAT, **values}, sort_keys=True)
 
     @staticmethod
@@ -104,24 +120,42 @@ class Recipe:
             raise ValueError(f"unknown fields {unknown}")
         return _checked(values)
 
-    @property
-    def _sampler(self) -> str:
-        """Who drew it, for people."""
-        return "LCM" if self.lcm is not None else self.sampler or "model default"
-
     def settings(self) -> str:
-        """The recipe as the text that other picture tools show under "parameters"."""
+        """The recipe in the form of AUTOMATIC1111's web interface: the prompt, the negative
+        prompt and a line of `name: value`, with quotes where a value holds a comma or colon."""
         lines = [" | ".join(self.prompts)]
         if self.negative:
             lines += [f"Negative prompt: {self.negative}"]
-        lines += [
-            f"Steps: {self.steps}, Sampler: {self._sampler}, "
-            f"CFG scale: {self.guidance:g}, Seed: {self.seed}, "
-            f"Size: {self.size[1]}x{self.size[0]}, Model: {self.model}"
-            + "".join(f", LoRA: {file}:{weight:g}" for file, weight in self.loras)
-            + (f", LoRA: {self.lcm}:1" if self.lcm else "")
-        ]
-        return "\n".join(lines)
+        own = self.sampler and SAMPLERS.get(self.sampler, self.sampler)
+        loras = [f"{_name(file)}:{_shortest(weight)}" for file, weight in self.loras]
+        loras += [f"{_name(self.lcm)}:1"] if self.lcm else []
+        values = {
+            "Steps": str(self.steps),
+            "Sampler": "LCM" if self.lcm is not None else own or "model default",
+            "CFG scale": _shortest(self.guidance),
+            "Seed": str(self.seed),
+            "Size": f"{self.size[1]}x{self.size[0]}",
+            "Model": _name(self.model),
+            "LoRA": ", ".join(loras),
+        }
+        told = [f"{name}: {_quoted(value)}" for name, value in values.items() if value]
+        return "\n".join([*lines, ", ".join(told)])
+
+
+def _name(place: str) -> str:
+    """How other tools call the model or adapter at `place`: its file or folder, no ending."""
+    last = re.split(r"[/\\]", place.rstrip("/\\"))[-1]
+    return last.removesuffix(".safetensors") or place
+
+
+def _shortest(number: float) -> str:
+    """`number` in as few digits as stand for it exactly."""
+    brief = f"{number:g}"
+    return brief if float(brief) == number else repr(number)
+
+
+def _quoted(value: str) -> str:
+    return json.dumps(value, ensure_ascii=False) if re.search(r'[,:\n"]', value) else value
 
 
 def _checked(values: dict[str, Any]) -> Recipe:
@@ -145,6 +179,7 @@ def _checked(values: dict[str, Any]) -> Recipe:
             "size": (height, width),
             "grid": bool(values["grid"]),
             "loras": loras,
+            "weighted": bool(values.get("weighted", False)),
             "versions": {str(k): str(v) for k, v in dict(values["versions"]).items()},
         }
     )
@@ -164,60 +199,14 @@ def quote(word: str) -> str:
 
 def installed_versions(packages: Sequence[str] = RECORDED_PACKAGES) -> dict[str, str]:
     """The installed version of each of `packages`, read without importing any of them."""
+    return {package: _version(package) for package in packages}
+
+
+@cache
+def _version(package: str) -> str:
     from importlib.metadata import PackageNotFoundError, version
 
-    versions = {}
-    for package in packages:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            versions[package] = "not installed"
-    return versions
-
-
-def save_png(picture: Image, path: Path, recipe: Recipe) -> None:
-    """Write `picture` with its recipe to `path`, complete or not at all.
-
-    The bytes go to a temporary file in the same folder that then takes the name, so neither an
-    interruption nor a full disk leaves half a picture or harms the one that was there. Raises
-    `UserError` where the folder cannot be written.
-    """
-    from PIL.PngImagePlugin import PngInfo
-
-    chunks = PngInfo()
-    chunks.add_itxt(CHUNK, recipe.to_json())
-    chunks.add_itxt("parameters", recipe.settings().encode("utf-8", "replace").decode("utf-8"))
-    temporary = temporary_name(path)
     try:
-        with temporary.open("xb") as file:
-            picture.save(file, format="PNG", pnginfo=chunks)
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def temporary_name(path: Path) -> Path:
-    """A name in the folder of `path` that no other process uses, for a file in the making."""
-    return path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
-
-
-def read_recipe(path: Path) -> Recipe:
-    """The recipe inside the PNG at `path`; `UserError` where there is none."""
-    if not path.is_file():
-        raise UserError(f"no such picture: {path}")
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as picture:
-            text = picture.info.get(CHUNK)
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError) as error:
-        reason = "not a picture" if isinstance(error, UnidentifiedImageError) else str(error)
-        raise UserError(f"cannot read {path}: {reason}") from error
-    if not isinstance(text, str):
-        raise UserError(f"{path} carries no settings: not drawn by ldm, or saved again by a tool")
-    try:
-        return Recipe.from_json(text)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the settings inside {path} cannot be read: {error}") from error
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

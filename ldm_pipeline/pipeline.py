@@ -40,7 +40,7 @@ from ldm_pipeline.diffusion.schedule import Schedule
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.images import to_output, to_pictures
 from ldm_pipeline.loading import FolderPipeline
-from ldm_pipeline.models import autoencoder, bundled, text
+from ldm_pipeline.models import autoencoder, bundled, chunks, text
 from ldm_pipeline.models.sampling import choose_sampler, settle
 from ldm_pipeline.models.unet import bind, guidance_embedding
 from ldm_pipeline.randomness import batch_noise
@@ -138,10 +138,11 @@ class LatentDiffusionPipeline(
         seed: int | Sequence[int] | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         lcm: bool | str | os.PathLike[str] = False,
+        weighted: bool = False,
     ) -> Any:
         """Draw pictures. Arguments and defaults are those of a stock Stable Diffusion pipeline,
         and draw the same pictures: 50 steps of guidance 7.5. `Request` documents each. Ours are
-        the last four:
+        the last five:
 
         sampler             a name of `request.SAMPLER_NAMES`; None runs the pipeline's scheduler
         seed                image i is drawn with seed + i, or with entry i of a list, and is
@@ -150,6 +151,7 @@ class LatentDiffusionPipeline(
         lcm                 few steps (2311.05556): draw this call with the LCM adapter in this
                             file, True is the bundled model's, in 4 steps without guidance unless
                             told otherwise; a full LCM (whose UNet takes the guidance) needs none
+        weighted            prompts may be of any length and hold (word:1.3), [word] and BREAK
 
         `callback_on_step_end(pipe, step, timestep, tensors)` may change `latents`,
         `prompt_embeds`, `pipe._guidance_scale`, and set `pipe._interrupt`.
@@ -189,6 +191,7 @@ class LatentDiffusionPipeline(
             seed=seed,
             guidance_interval=guidance_interval,
             lcm=lcm,
+            weighted=weighted,
         )
         self._check_components(request)
         with under_way(self, self._begin(request)) as run:
@@ -241,6 +244,7 @@ class LatentDiffusionPipeline(
             negative_prompt_embeds=request.negative_prompt_embeds,
             lora_scale=run.adapter_scale,
             clip_skip=run.clip_skip,
+            weighted=request.weighted,
         )
         run.prompt_embeds = embeds
         if run.guides:
@@ -332,12 +336,15 @@ class LatentDiffusionPipeline(
         negative_prompt_embeds: Tensor | None = None,
         lora_scale: float | None = None,
         clip_skip: int | None = None,
+        weighted: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """Embeddings of the prompts and, with guidance, of the negative ones: each [B, L, C].
 
         Embeddings that were passed are only repeated for the images of each prompt. No negative
         prompt means the empty text. `clip_skip` concerns the prompts alone, as in stock
-        pipelines. Raises `UserError` where words must be encoded and there is no text encoder.
+        pipelines. With `weighted`, texts are read as `models.chunks` does, and L is that of as
+        many chunks as the longest one needs. Raises `UserError` where words must be encoded and
+        there is no text encoder.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
         count = len(prompts) if prompt_embeds is None else prompt_embeds.shape[0]
@@ -351,32 +358,24 @@ class LatentDiffusionPipeline(
         def convert(texts: list[str]) -> list[str]:
             return self.maybe_convert_prompt(texts, self.tokenizer)
 
+        against = negatives if negative_prompt_embeds is None else negative_prompt_embeds
+        encode_both = chunks.encode_both if weighted else text.encode_both
         with text.adapter_scale(self.text_encoder, lora_scale):
-            if prompt_embeds is None:
-                prompt_embeds = text.encode(
-                    self.tokenizer,
-                    self.text_encoder,
-                    prompts,
-                    device=device,
-                    clip_skip=clip_skip,
-                    convert=convert,
-                )
-            if do_classifier_free_guidance and negative_prompt_embeds is None:
-                negative_prompt_embeds = text.encode(
-                    self.tokenizer,
-                    self.text_encoder,
-                    negatives,
-                    device=device,
-                    length=prompt_embeds.shape[1],
-                    convert=convert,
-                )
+            prompt_embeds, negative = encode_both(
+                self.tokenizer,
+                self.text_encoder,
+                prompts if prompt_embeds is None else prompt_embeds,
+                against if do_classifier_free_guidance else None,
+                device=device,
+                clip_skip=clip_skip,
+                convert=convert,
+            )
         owner = self.text_encoder if self.text_encoder is not None else self.unet
         dtype = owner.dtype if owner is not None else prompt_embeds.dtype
         repeat = num_images_per_prompt
         prompt_embeds = prompt_embeds.to(device, dtype).repeat_interleave(repeat, dim=0)
-        if negative_prompt_embeds is not None and do_classifier_free_guidance:
-            negative_prompt_embeds = negative_prompt_embeds.to(device, dtype)
-            negative_prompt_embeds = negative_prompt_embeds.repeat_interleave(repeat, dim=0)
+        if negative is not None:
+            negative_prompt_embeds = negative.to(device, dtype).repeat_interleave(repeat, dim=0)
         return prompt_embeds, negative_prompt_embeds
 
     # What fits this model ---------------------------------------------------------------------

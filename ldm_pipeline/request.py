@@ -67,6 +67,7 @@ class Request:
     output_type                 one of `OUTPUT_TYPES`
     lcm                         the file of an LCM adapter to draw with, in few steps; True is the
                                 bundled model's
+    weighted                    whether prompts are read with weights and BREAK, at any length
     """
 
     prompt: Text | None = None
@@ -92,6 +93,7 @@ class Request:
     seed: int | Sequence[int] | None = None
     guidance_interval: tuple[float, float] = (0.0, 1.0)
     lcm: bool | str | os.PathLike[str] = False
+    weighted: bool = False
 
     def __post_init__(self) -> None:
         self._check_words()
@@ -101,6 +103,8 @@ class Request:
             choose("sampler", self.sampler, SAMPLER_NAMES)
         if not isinstance(self.lcm, bool | str | os.PathLike):
             raise UserError(f"lcm={self.lcm!r} must be True, False or the path of an adapter")
+        if not isinstance(self.weighted, bool):
+            raise UserError(f"weighted={self.weighted!r} must be True or False")
         if self.lcm and self.sampler not in (None, "lcm"):
             raise UserError(f"sampler={self.sampler!r} does not go with lcm; leave it out")
         choose("output_type", self.output_type, OUTPUT_TYPES)

@@ -25,6 +25,9 @@ SHARED = {"", "errors", "grid", "images", "request"}
 FRONT = {"pipeline", "loading", "running", "randomness"}
 """The files that together are the pipeline."""
 
+FILES = {"metadata", "picture_files"}
+"""What a picture file holds, and how it is written and read."""
+
 ALLOWED = {
     "diffusion": {"errors"},
     "models": {"diffusion", *SHARED},
@@ -33,10 +36,13 @@ ALLOWED = {
     "analysis": {"models", "diffusion", *SHARED},
     "data": SHARED,
     "evaluation": {"pipeline", "analysis", "data", "grid", *SHARED},
-    "training": {"lora", "models", "data", "diffusion", *SHARED},
-    "commands": {"evaluation", "data", "metadata", "grid", "lora", "models", "pipeline", *SHARED},
+    "training": {"lora", "models", "data", "diffusion", "processes", *SHARED},
+    "processes": {"errors"},
+    "batch": {"cli", "commands", "processes", *FILES, *SHARED},
+    "commands": {"evaluation", "data", "lora", "models", "pipeline", *FILES, *SHARED},
     "cli": {"commands", *SHARED},
     "metadata": SHARED,
+    "picture_files": {"metadata", *SHARED},
     "grid": SHARED,
     "request": {"errors"},
     "images": {"errors"},
@@ -261,7 +267,10 @@ def test_an_import_is_seen_in_every_spelling(line: str, layer: str) -> None:
     assert layer in layers(ast.parse(line), "ldm_pipeline.diffusion")
 
 
-@pytest.mark.parametrize("module", ["ldm_pipeline", "ldm_pipeline.cli", "ldm_pipeline.request"])
+@pytest.mark.parametrize(
+    "module",
+    ["ldm_pipeline", "ldm_pipeline.cli", "ldm_pipeline.request", "ldm_pipeline.batch.__main__"],
+)
 def test_the_door_opens_without_heavy_packages(module: str) -> None:
     heavy = ("torch", "numpy", "PIL", "diffusers", "transformers")
     script = f"import {module}, sys; print([m for m in {heavy} if m in sys.modules])"

@@ -76,7 +76,7 @@ REFUSED = {
     "generate x -o nowhere/x.png": "nowhere",
     "generate x -o /proc/x.png": "/proc/x.png",
     "generate x -o words.txt/x.png": "words.txt",
-    "generate x -o x.jpg": ".png",
+    "generate x -o x.gif": "ends in .png, .webp, .jpg, .jpeg",
     "generate --prompts empty.txt": "empty.txt",
     "generate --prompts nowhere.txt": "nowhere.txt",
     "generate --prompts bytes.txt": "bytes.txt",
@@ -180,6 +180,54 @@ def test_the_shown_command_draws_the_same_bytes(
     assert redraw(ldm, Path("a.png"), Path("b.png")) == Path("a.png").read_bytes()
 
 
+@pytest.mark.parametrize("ending", ["png", "webp", "jpg"])
+@pytest.mark.parametrize("flags", [(), ("--plain",)])
+def test_weighted_and_plain_prompts_come_back_from_every_format(
+    flags: tuple[str, ...], ending: str, ldm: Ldm, model: Path
+) -> None:
+    words = [
+        "generate",
+        "a (red:1.7) star BREAK\n[blue] \\(house\\)",
+        "--negative",
+        "(x:2)",
+        *flags,
+    ]
+    words += ["--model", str(model), "--steps", "1", "--seed", "3", "-o", f"a.{ending}"]
+    assert ldm(*words)[:2] == (0, f"a.{ending}\n")
+    drawn = Path(f"a.{ending}")
+    assert redraw(ldm, drawn, Path(f"again.{ending}")) == drawn.read_bytes()
+
+
+def test_a_prompt_is_read_with_weights_unless_it_is_plain(ldm: Ldm, model: Path) -> None:
+    def drawn(prompt: str, *flags: str) -> bytes:
+        words = ["generate", prompt, *flags, "--model", str(model), "--steps", "1", "--seed", "3"]
+        assert ldm(*words, "-o", "a.png")[0] == 0
+        with Image.open("a.png") as picture:
+            return picture.tobytes()
+
+    assert drawn("a (red:1.0) star") == drawn("a red star") == drawn("a red star", "--plain")
+    assert drawn("a (red:3) star") != drawn("a red star")
+    assert drawn(r"a \(red\) star") == drawn("a (red) star", "--plain") != drawn("a red star")
+
+
+def test_what_is_not_understood_is_said_once(
+    ldm: Ldm, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    words = ["generate", "a (red star", "--n", "3", "--model", str(model), "--steps", "1"]
+    assert ldm(*words)[0] == 0
+    (message,) = [m for m in caplog.messages if "prompt" in m]
+    assert "'(' is never closed" in message
+
+
+def test_prompts_too_long_for_a_jpeg_are_refused_before_a_model_loads(
+    ldm: Ldm, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "open_pipeline", lambda *_: pytest.fail("loaded"))
+    code, out, err = ldm("generate", "x" * 70_000, "--model", str(model), "-o", "a.jpg")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "too long" in err
+
+
 def test_every_picture_of_a_batch_has_its_own_command(ldm: Ldm, model: Path) -> None:
     words = ["generate", "a red star", "--model", str(model), "--steps", "2", "--n", "3"]
     code, out, _ = ldm(*words, "--seed", "5", "--sampler", "ddpm", "-o", "a.png")
@@ -205,7 +253,8 @@ def test_quiet_prints_only_names(ldm: Ldm, model: Path) -> None:
 
 
 def test_words_never_learnt_are_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
-    generate.warn_of_unknown_words(["a red star", "a purpel house, Red"])
+    prompts = ["a (red:1.3) BREAK star <lora:x:1>", "a purpel house, Red"]
+    generate.warn_of_unknown_words(prompts, weighted=True)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
     assert "'purpel'" in lines[0]

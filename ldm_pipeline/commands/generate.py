@@ -20,11 +20,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_pipeline.commands.outputs import check_picture
-from ldm_pipeline.commands.sources import BUNDLED, find, open_pipeline
+from ldm_pipeline.commands.sources import BUNDLED, Source, find, open_pipeline
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.lora.files import check_weight, inspect
 from ldm_pipeline.lora.notes import read_note
-from ldm_pipeline.metadata import Recipe, installed_versions, save_png
+from ldm_pipeline.metadata import Recipe, installed_versions
+from ldm_pipeline.models.prompt_syntax import parse
+from ldm_pipeline.picture_files import check_fits, save_picture
 from ldm_pipeline.request import LCM_GUIDANCE, LCM_STEPS, SAMPLER_NAMES, Request
 
 if TYPE_CHECKING:
@@ -69,15 +71,34 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add = parser.add_argument
     add("prompt", nargs="*", help="what to draw; several prompts give several files, numbered")
-    add("-o", "--output", type=Path, metavar="FILE.png", help="where to write (named by the words)")
+    add(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="a .png, .webp or .jpg (a .png named by the words)",
+    )
     add("--prompts", type=Path, metavar="FILE", help="read prompts from a text file, one a line")
-    add("--negative", metavar="TEXT", help="what to keep out of the picture")
     add("--n", type=int, default=1, help="pictures for each prompt (%(default)s)")
     add("--grid", action="store_true", help="one captioned picture instead of several files")
     add(
         "--seed",
         type=int,
         help="the first picture's seed, from which the next ones count on (random)",
+    )
+    add_drawing_arguments(parser)
+    add("--quiet", action="store_true", help="print nothing but the files' names")
+
+
+def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what decides a picture besides its prompt and seed; `batch` takes the same."""
+    add = parser.add_argument
+    add("--negative", metavar="TEXT", help="what to keep out of the picture")
+    add(
+        "--plain",
+        action="store_true",
+        help="read brackets and BREAK as words, and cut prompts at the model's length; without, "
+        "(word:1.3) and [word] weigh words, and prompts may be of any length",
     )
     add_step_arguments(parser)
     add("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLER_NAMES)} (the model's own)")
@@ -91,7 +112,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a LoRA to draw with, and how strongly (1); may be given several times",
     )
     add_model_arguments(parser)
-    add("--quiet", action="store_true", help="print nothing but the files' names")
 
 
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
@@ -135,16 +155,41 @@ def run(args: argparse.Namespace) -> None:
     source = find(args.model)
     say: Say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
     if source.bundled:
-        warn_of_unknown_words([*prompts, *([args.negative] if args.negative else [])])
+        texts = [*prompts, *([args.negative] if args.negative else [])]
+        warn_of_unknown_words(texts, weighted=not args.plain)
 
     device, dtype = pick_device(args.device, args.dtype)
-    pipeline = open_pipeline(source, device, dtype)
-    if loras:
-        from ldm_pipeline.lora.attach import attach
-
-        attach(pipeline, loras)
+    recipe = recipe_of(args, prompts, seed, loras, device, dtype)
+    output = check_output(args, prompts)
+    longest = replace(recipe, prompts=(max(prompts, key=len),))
+    check_fits(output, recipe if args.grid else longest)
+    pipeline = open_adapted(source, device, dtype, loras)
     pipeline.set_progress_bar_config(disable=args.quiet or len(jobs) > 1 or not sys.stderr.isatty())
-    recipe = Recipe(
+    sampler = "lcm" if args.lcm else args.sampler or "own sampler"
+    say(f"seed {seed}, {args.steps} steps, {sampler}, {device} {dtype}")
+    began = time.perf_counter()
+    pictures = draw(pipeline, jobs, args, say)
+    if args.grid:
+        write_grid(list(pictures), jobs, recipe, output)
+    else:
+        for job, picture in zip(jobs, pictures, strict=True):
+            assert job.file is not None
+            alone = replace(recipe, prompts=(job.prompt,), seed=job.seed, n=1)
+            save_picture(picture, job.file, replace(alone, size=(picture.height, picture.width)))
+            print(job.file, flush=True)
+    say(f"{len(jobs)} drawn in {time.perf_counter() - began:.1f} s")
+
+
+def recipe_of(
+    args: argparse.Namespace,
+    prompts: Sequence[str],
+    seed: int,
+    loras: tuple[tuple[str, float], ...],
+    device: str,
+    dtype: str,
+) -> Recipe:
+    """What the arguments come to; the size is told by the picture."""
+    return Recipe(
         prompts=tuple(prompts),
         seed=seed,
         steps=args.steps,
@@ -159,21 +204,9 @@ def run(args: argparse.Namespace) -> None:
         grid=args.grid,
         loras=loras,
         lcm="" if args.lcm is True else args.lcm or None,
+        weighted=not args.plain,
         versions=installed_versions(),
     )
-    sampler = "lcm" if args.lcm else args.sampler or "own sampler"
-    say(f"seed {seed}, {args.steps} steps, {sampler}, {device} {dtype}")
-    began = time.perf_counter()
-    pictures = draw(pipeline, jobs, args, say)
-    if args.grid:
-        write_grid(list(pictures), jobs, recipe, check_output(args, prompts))
-    else:
-        for job, picture in zip(jobs, pictures, strict=True):
-            assert job.file is not None
-            alone = replace(recipe, prompts=(job.prompt,), seed=job.seed, n=1)
-            save_png(picture, job.file, replace(alone, size=(picture.height, picture.width)))
-            print(job.file, flush=True)
-    say(f"{len(jobs)} drawn in {time.perf_counter() - began:.1f} s")
 
 
 # What is checked before anything is loaded ------------------------------------------------------
@@ -262,15 +295,20 @@ def number(text: str) -> float | None:
 
 def read_prompts(path: Path) -> list[str]:
     """The prompts in a text file, one a line; empty lines and # comments are skipped."""
+    lines = [line for _, line in read_lines(path) if not line.startswith("#")]
+    if not lines:
+        raise UserError(f"there is no prompt in {path}")
+    return [line.strip() for line in lines]
+
+
+def read_lines(path: Path) -> list[tuple[int, str]]:
+    """The lines of a text file that are not empty, with their numbers from 1."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = "not a text file" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise UserError(f"cannot read the prompts in {path}: {reason}") from error
-    prompts = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if not prompts:
-        raise UserError(f"there is no prompt in {path}")
-    return prompts
+    return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def check_output(args: argparse.Namespace, prompts: Sequence[str]) -> Path:
@@ -297,12 +335,18 @@ def plan(args: argparse.Namespace, prompts: Sequence[str], seed: int) -> list[Jo
     return [Job(p, seed + k, f) for k, (p, f) in enumerate(zip(wanted, files, strict=True))]
 
 
-def warn_of_unknown_words(prompts: Sequence[str]) -> None:
+def words_of(prompt: str) -> str:
+    """The words of a weighted prompt, without its syntax."""
+    return " ".join(part.text for section in parse(prompt).sections for part in section)
+
+
+def warn_of_unknown_words(prompts: Sequence[str], weighted: bool = False) -> None:
     """Name on stderr the words that the bundled model never learnt, with the nearest it knows."""
     from difflib import get_close_matches
 
     from ldm_pipeline.data.world import VOCABULARY
 
+    prompts = [words_of(prompt) for prompt in prompts] if weighted else prompts
     known = {word.lower() for word in VOCABULARY}
     words = dict.fromkeys(word for p in prompts for word in re.findall(r"[^\W\d_]+", p.lower()))
     for word in words:
@@ -332,6 +376,18 @@ def pick_device(device: str, dtype: str) -> tuple[str, str]:
     return device, dtype
 
 
+def open_adapted(
+    source: Source, device: str, dtype: str, loras: tuple[tuple[str, float], ...]
+) -> LatentDiffusionPipeline:
+    """The loaded pipeline with its adapters; `UserError` where one does not fit."""
+    pipeline = open_pipeline(source, device, dtype)
+    if loras:
+        from ldm_pipeline.lora.attach import attach
+
+        attach(pipeline, loras)
+    return pipeline
+
+
 def draw(
     pipeline: LatentDiffusionPipeline, jobs: Sequence[Job], args: argparse.Namespace, say: Say
 ) -> Iterator[Image]:
@@ -352,6 +408,7 @@ def draw(
                 width=args.width,
                 seed=job.seed,
                 lcm=args.lcm,
+                weighted=not args.plain,
             )
         except OutOfMemoryError as error:
             raise UserError(
@@ -372,5 +429,5 @@ def write_grid(
     seeds = recipe.n > 1
     captions = [f"{job.prompt} (seed {job.seed})" if seeds else job.prompt for job in jobs]
     size = (pictures[0].height, pictures[0].width)
-    save_png(captioned_grid(pictures, captions, columns), output, replace(recipe, size=size))
+    save_picture(captioned_grid(pictures, captions, columns), output, replace(recipe, size=size))
     print(output, flush=True)

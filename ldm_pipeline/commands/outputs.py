@@ -5,17 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.metadata import temporary_name
+from ldm_pipeline.picture_files import format_of, temporary_name
 
 
 def check_picture(path: Path) -> Path:
-    """`path`, if a PNG can be written there; else a `UserError` that says why not.
+    """`path`, if a picture can be written there; else a `UserError` that says why not.
 
     The answer comes from trying: a file in the making is created beside it and removed, since
     permissions alone do not tell (a read-only disk, a privileged user, a virtual folder).
     """
-    if path.suffix.lower() != ".png":
-        raise UserError(f"cannot write {path}: give it a name that ends in .png")
+    format_of(path)
     if path.is_dir():
         raise UserError(f"cannot write {path}: it is a folder")
     _check_parent(path)

@@ -6,14 +6,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from ldm_pipeline.metadata import installed_versions, read_recipe
+from ldm_pipeline.metadata import installed_versions
+from ldm_pipeline.picture_files import read_recipe
 
 PURPOSE = "print the command that draws a picture again, byte for byte"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("picture", type=Path, help="a .png that ldm drew")
+    parser.add_argument("picture", type=Path, help="a .png, .webp or .jpg that ldm drew")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -20,13 +20,20 @@ from contextlib import contextmanager
 import torch
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor
-from transformers import BatchEncoding, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    BatchEncoding,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from ldm_pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 Convert = Callable[[list[str]], list[str]]
+
+NO_ENCODER = "this pipeline has no text encoder; pass prompt_embeds instead of prompt"
 
 _tokenising = threading.RLock()
 _scaling = threading.RLock()
@@ -82,18 +89,102 @@ def encode(
     layer norm. Raises `UserError` where there is no text encoder, or it has fewer layers.
     """
     if tokenizer is None or text_encoder is None:
-        raise UserError("this pipeline has no text encoder; pass prompt_embeds instead of prompt")
-    check_clip_skip(text_encoder, clip_skip)
+        raise UserError(NO_ENCODER)
     tokens = tokenise(tokenizer, texts, length=length, convert=convert, warn=warn)
+    return asking(text_encoder, device, clip_skip)(tokens.input_ids, tokens.attention_mask)[0]
+
+
+def encode_both(
+    tokenizer: CLIPTokenizer | None,
+    text_encoder: CLIPTextModel | None,
+    prompts: list[str] | Tensor,
+    negatives: list[str] | Tensor | None,
+    *,
+    device: torch.device | str | None = None,
+    clip_skip: int | None = None,
+    convert: Convert | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Embeddings [n, L, C] of prompts and of negative prompts, where there are any, by `encode`.
+
+    Embeddings may stand for texts, and are given back. `clip_skip` concerns the prompts alone, as
+    in stock pipelines; negative prompts are cut or padded to the prompts' tokens.
+    """
+    parts = tokenizer, text_encoder
+    if not isinstance(prompts, Tensor):
+        prompts = encode(*parts, prompts, device=device, clip_skip=clip_skip, convert=convert)
+    if isinstance(negatives, list):
+        length = prompts.shape[1]
+        negatives = encode(*parts, negatives, device=device, length=length, convert=convert)
+    return prompts, negatives
+
+
+def words(
+    tokenizer: CLIPTokenizer, texts: list[str], convert: Convert | None = None
+) -> list[list[int]]:
+    """The token ids of each text, however many, without start and end."""
+    if not texts:
+        return []
+    with _tokenising, _of_any_length(tokenizer):
+        converted = convert(texts) if convert is not None else texts
+        return tokenizer(converted, add_special_tokens=False).input_ids
+
+
+@contextmanager
+def _of_any_length(tokenizer: CLIPTokenizer) -> Iterator[None]:
+    """Within the block `tokenizer` does not warn of texts that are longer than its model reads."""
+    said = tokenizer.deprecation_warnings
+    quiet = {"sequence-length-is-longer-than-the-specified-maximum": True}
+    tokenizer.deprecation_warnings = {**said, **quiet}
+    try:
+        yield
+    finally:
+        tokenizer.deprecation_warnings = said
+
+
+def asking(
+    text_encoder: CLIPTextModel,
+    device: torch.device | str | None = None,
+    clip_skip: int | None = None,
+) -> Callable[[Tensor, Tensor], tuple[Tensor, None]]:
+    """Token ids and attention mask [n, L] to what the encoder says, [n, L, C], as `encode` does.
+
+    Nothing is pooled: Stable Diffusion 1.x and 2.x draw without. Raises `UserError` for a
+    `clip_skip` that the encoder has not the layers for.
+    """
+    check_clip_skip(text_encoder, clip_skip)
     device = device if device is not None else text_encoder.device
-    ids = tokens.input_ids.to(device)
-    mask = tokens.attention_mask.to(device) if reads_mask(text_encoder) else None
-    if clip_skip is None:
-        return text_encoder(ids, attention_mask=mask)[0]
-    states = text_encoder(ids, attention_mask=mask, output_hidden_states=True).hidden_states
-    # transformers moved the norm from `text_model` to the model itself in its fifth version.
-    body = getattr(text_encoder, "text_model", text_encoder)
-    return body.final_layer_norm(states[-(clip_skip + 1)])
+
+    def ask(ids: Tensor, mask: Tensor) -> tuple[Tensor, None]:
+        ids = ids.to(device)
+        told = mask.to(device) if reads_mask(text_encoder) else None
+        if clip_skip is None:
+            return text_encoder(ids, attention_mask=told)[0], None
+        states = text_encoder(ids, attention_mask=told, output_hidden_states=True).hidden_states
+        # transformers moved the norm from `text_model` to the model itself in its fifth version.
+        body = getattr(text_encoder, "text_model", text_encoder)
+        return body.final_layer_norm(states[-(clip_skip + 1)]), None
+
+    return ask
+
+
+def asking_inner(
+    text_encoder: CLIPTextModel | CLIPTextModelWithProjection,
+    device: torch.device | str | None = None,
+    clip_skip: int | None = None,
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]:
+    """Token ids and attention mask [n, L] to what SDXL takes of one of its encoders.
+
+    These are the last but one hidden states [n, L, C], or those of `clip_skip` layers earlier,
+    without the final norm; and the pooled and projected answer [n, D] of an encoder that has a
+    projection, else None. SDXL tells no encoder which tokens are padding.
+    """
+    device = device if device is not None else text_encoder.device
+
+    def ask(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        said = text_encoder(ids.to(device), output_hidden_states=True)
+        return said.hidden_states[-(2 + (clip_skip or 0))], getattr(said, "text_embeds", None)
+
+    return ask
 
 
 def reads_mask(text_encoder: CLIPTextModel) -> bool:

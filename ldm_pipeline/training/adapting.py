@@ -33,11 +33,11 @@ from ldm_pipeline.grid import captioned_grid
 from ldm_pipeline.lora import files
 from ldm_pipeline.lora.inject import Adapter, inject, without_input_casts
 from ldm_pipeline.models.conditioning import conditioning_of
+from ldm_pipeline.processes.ranks import Ranks, launched
 from ldm_pipeline.training.adapter_config import AdapterConfig
 from ldm_pipeline.training.captioned import Sample, cached_texts, text_key
 from ldm_pipeline.training.lora_card import PICTURES, model_card
 from ldm_pipeline.training.objective import Batch
-from ldm_pipeline.training.ranks import Ranks, launched
 from ldm_pipeline.training.sharding import sharding
 from ldm_pipeline.training.start import precision
 

@@ -36,6 +36,7 @@ from ldm_pipeline.data.sources import BadPicture
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import autoencoder
 from ldm_pipeline.models.conditioning import Conditioning
+from ldm_pipeline.processes.ranks import launched
 from ldm_pipeline.training.config import (
     Fraction,
     NonNegative,
@@ -44,7 +45,6 @@ from ldm_pipeline.training.config import (
     Positive,
     Settings,
 )
-from ldm_pipeline.training.ranks import launched
 
 log = logging.getLogger(__name__)
 

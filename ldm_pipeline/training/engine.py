@@ -32,11 +32,11 @@ from tqdm.auto import tqdm
 
 from ldm_pipeline.data.writing import NotWritten, in_one_line, write_folder, writing
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.processes.ranks import Ranks, launched
 from ldm_pipeline.training import checkpoint
 from ldm_pipeline.training.clock import Clock
 from ldm_pipeline.training.config import TrainingConfig, write_yaml
 from ldm_pipeline.training.objective import Batch, Drawing, Objective, named
-from ldm_pipeline.training.ranks import Ranks, launched
 from ldm_pipeline.training.sharding import Shards, sharding
 from ldm_pipeline.training.start import compiled, precision
 from ldm_pipeline.training.steps import Steps, seed_of

@@ -36,6 +36,7 @@ from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import autoencoder
 from ldm_pipeline.models.text import tokenise
 from ldm_pipeline.models.unet import bind
+from ldm_pipeline.processes.ranks import Ranks, launched
 from ldm_pipeline.training.config import (
     Fraction,
     NonNegativeFloat,
@@ -48,7 +49,6 @@ from ldm_pipeline.training.config import (
 from ldm_pipeline.training.layout import FINE, LayoutHead, Listener, labels_of
 from ldm_pipeline.training.levels import LevelSettings
 from ldm_pipeline.training.objective import Batch
-from ldm_pipeline.training.ranks import Ranks, launched
 from ldm_pipeline.training.start import precision, take_weights
 from ldm_pipeline.training.world_data import (
     CachedWorldSettings,

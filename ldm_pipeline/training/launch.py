@@ -7,26 +7,19 @@ mistake, 130 stopped.
 from __future__ import annotations
 
 import logging
-import os
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
-import psutil
-import torch
-from accelerate.commands.launch import launch_command_parser
 from torch import nn
 
 from ldm_pipeline.data.writing import in_one_line
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.training.config import TrainingConfig, parse, read_yaml
+from ldm_pipeline.processes.lock import alone_in, check_writable
+from ldm_pipeline.processes.ranks import Ranks, launched, leave
+from ldm_pipeline.processes.start import start_the_others
+from ldm_pipeline.training.config import TrainingConfig, parse
 from ldm_pipeline.training.engine import Interrupted, check, fit, on_signals
-from ldm_pipeline.training.lock import alone_in
-from ldm_pipeline.training.ranks import Ranks, launched, leave
-
-STARTED = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"}
-"""What torch's and MPI's launchers set in the processes that they start."""
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
@@ -36,10 +29,10 @@ def launch(config: type[Config], objective: Callable[[Config], nn.Module]) -> No
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         settings = parse(config)
-        _start_the_others()
-        _check_writable(settings.run.out)
+        start_the_others()
+        check_writable(settings.run.out, "run.out")
         check(settings)
-        with alone_in(settings.run.out, Ranks(launched())):
+        with alone_in(settings.run.out, "run.out", Ranks(launched())):
             final = fit(_built(objective, settings), settings)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -70,40 +63,3 @@ def _built(objective: Callable[[Config], nn.Module], settings: Config) -> nn.Mod
 
 def _interrupt(number: int) -> NoReturn:
     raise KeyboardInterrupt
-
-
-def _check_writable(folder: Path) -> None:
-    """Raise UserError where a run could not write its folder; nothing is written to find out."""
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        why = "cannot be written to" if place.is_dir() else "is a file"
-        raise UserError(f"run.out={folder}: {place} {why}; choose another folder")
-
-
-def _start_the_others() -> None:
-    """On a machine without GPUs, become the processes that `accelerate launch` was told to start.
-
-    There accelerate (1.15) starts one process whatever `--num_processes` says, unless MPI is used:
-    it sets the address of a meeting point to which nobody else comes. torch's own launcher starts
-    them all.
-    """
-    alone = "ACCELERATE_MIXED_PRECISION" in os.environ and not STARTED & os.environ.keys()
-    if not alone or "MASTER_PORT" not in os.environ or torch.cuda.is_available():
-        return
-    told = psutil.Process(os.getppid()).cmdline()
-    start = next((i for i, word in enumerate(told, 1) if word.endswith("launch")), len(told))
-    asked = launch_command_parser().parse_known_args([*told[start:], sys.argv[0]])[0]
-    count = asked.num_processes
-    if not count and asked.config_file:
-        count = read_yaml(Path(asked.config_file)).get("num_processes")
-    script, arguments = sys.argv[0], sys.argv[1:]
-    if not count:
-        raise UserError(
-            "accelerate starts a single process on a CPU; use torchrun --nproc_per_node N "
-            f"{script} {' '.join(arguments)}"
-        )
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("MASTER_")}
-    environment["ACCELERATE_USE_CPU"] = "true"
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*launcher, f"--nproc_per_node={count}", script, *arguments]
-    os.execve(sys.executable, command, environment)

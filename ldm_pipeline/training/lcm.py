@@ -35,12 +35,12 @@ from ldm_pipeline.diffusion.denoiser import make_denoiser
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.files import FILE_NAME
 from ldm_pipeline.lora.notes import LcmNote
+from ldm_pipeline.processes.ranks import launched
 from ldm_pipeline.training.adapter_config import AdapterConfig, PictureSettings
 from ldm_pipeline.training.adapting import AdapterObjective, OpenModel, Pictures
 from ldm_pipeline.training.captioned import Captioned, CaptionedSettings
 from ldm_pipeline.training.config import NonNegativeFloat, Positive, PositiveFloat, Settings
 from ldm_pipeline.training.lora_card import DRAWN_BY_LDM
-from ldm_pipeline.training.ranks import launched
 from ldm_pipeline.training.start import precision
 from ldm_pipeline.training.updates import MovingAverage
 from ldm_pipeline.training.world_data import CachedWorldSettings

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch.utils.data import Dataset
 
+from ldm_pipeline.processes.ranks import Ranks
 from ldm_pipeline.training.objective import Batch, Objective
-from ldm_pipeline.training.ranks import Ranks
 
 
 class Steps(Dataset[list[Batch]]):

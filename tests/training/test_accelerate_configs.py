@@ -20,7 +20,7 @@ from torch import nn
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.files import FILE_NAME
-from ldm_pipeline.training import ranks
+from ldm_pipeline.processes import ranks
 from ldm_pipeline.training.sharding import Shards, sharding
 from tests.training.test_processes import ROOT, Process, ended, free_port, saved
 

@@ -3,7 +3,7 @@
 The kernel lets go of the lock when the process ends, even by kill -9, so nothing is ever left that
 would block the next run. It is a POSIX record lock: unlike flock's, the workers that a run forks,
 which may outlive it for seconds, do not inherit it. Several processes of one run hold it together,
-through their first one.
+through their first one. Whether a folder can be written at all is asked before.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.training.ranks import Ranks
+
+if TYPE_CHECKING:
+    from ldm_pipeline.processes.ranks import Ranks
 
 try:
     import fcntl
@@ -27,19 +30,27 @@ log = logging.getLogger(__name__)
 NAME = ".lock"
 
 
+def check_writable(folder: Path, name: str) -> None:
+    """Raise UserError where a run could not write its folder; nothing is written to find out."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        why = "cannot be written to" if place.is_dir() else "is a file"
+        raise UserError(f"{name}={folder}: {place} {why}; choose another folder")
+
+
 @contextmanager
-def alone_in(folder: Path, ranks: Ranks) -> Iterator[None]:
+def alone_in(folder: Path, name: str, ranks: Ranks) -> Iterator[None]:
     """Within the block no other run writes into `folder`, which is made where it is missing.
 
-    Raises `UserError`, in every process, where another run is at it. A folder that stays empty
-    does not stay.
+    `name` is what people call the folder. Raises `UserError`, in every process, where another run
+    is at it. A folder that stays empty does not stay.
     """
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
     handle = _lock(folder / NAME) if ranks.index == 0 else None
     taken = ranks.index == 0 and handle is None
     if ranks.told("taken" if taken else ""):
         raise UserError(
-            f"another run writes into run.out={folder}; wait until it has ended, or choose another "
+            f"another run writes into {name}={folder}; wait until it has ended, or choose another "
             "folder"
         )
     try:

@@ -9,7 +9,8 @@ not yet begun to wait for its gradients.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -77,6 +78,17 @@ class Ranks:
         if self.count > 1:
             dist.all_reduce(values, group=self._hosts)
         return values
+
+    def barrier(self) -> Callable[[], None]:
+        """What waits until every process has called it, for a month at most.
+
+        All processes ask for it at the same place. Other collectives give up after half an hour,
+        which is too soon where each process has work of its own.
+        """
+        if self.count == 1:
+            return lambda: None
+        group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
+        return lambda: dist.barrier(group=group)
 
     def told(self, text: str) -> list[str]:
         """What each process says, empty answers left out."""
