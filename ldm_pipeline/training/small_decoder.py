@@ -24,6 +24,7 @@ from ldm_pipeline.data.cache import Share
 from ldm_pipeline.data.world import World
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import autoencoder
+from ldm_pipeline.processes.ranks import Ranks, launched
 from ldm_pipeline.training.autoencoder import Crop, LikenessSettings, corner_of, psnr
 from ldm_pipeline.training.config import (
     Fraction,
@@ -33,7 +34,6 @@ from ldm_pipeline.training.config import (
     TrainingConfig,
 )
 from ldm_pipeline.training.objective import Batch
-from ldm_pipeline.training.ranks import Ranks, launched
 from ldm_pipeline.training.start import precision, take_weights
 from ldm_pipeline.training.world_data import (
     CachedWorldSettings,
