@@ -1,0 +1,198 @@
+"""LyCORIS' products (LoHa, LoKr, Tucker's, whole differences) as A and B, exactly.
+
+Each is a low-rank product in disguise, so that it needs no layer of its own, and can be drawn
+with, merged, resized and written like any LoRA:
+
+    LoHa    (B1 A1) o (B2 A2) = B A  with B's rows the products of rows of B1 and B2, and A's
+            columns those of A1 and A2 (Khatri-Rao): rank r1 r2            (FedPara, 2108.06098)
+    LoKr    (B1 A1) x (B2 A2) = (B1 x B2)(A1 x A2), Kronecker: rank r1 r2  (KronA, 2212.10650)
+    Tucker  B and a core [r, r, k, k] and A [r, in]: the core times A is the A of a convolution
+    diff    the difference itself, beside an identity
+
+Where that rank would be more than a matrix of W's shape can have, the difference itself is kept
+beside an identity. All is computed in float32; nothing is approximated.
+
+Legend
+    up, down    B as [out, r], A as [r, n]; n = in * k * k
+    kernel      (k, k) of a convolution, () of a linear module
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
+
+from ldm_pipeline.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Parts = Mapping[str, "Tensor"]
+"""A module's tensors by LyCORIS' names: hada_w1_a, lokr_t2, …"""
+
+Kernel = tuple[int, ...]
+
+LARGEST = 2**27
+"""Numbers in one product. The largest module of SDXL takes a tenth; what asks for more is damaged,
+or meant to fill the memory."""
+
+_KERNELS: Mapping[str, Kernel] = {
+    **dict.fromkeys(("conv1", "conv2", "conv", "conv_in", "conv_out"), (3, 3)),
+    "conv_shortcut": (1, 1),
+}
+"""Of the convolutions of Stable Diffusion's UNets, by the last word of their names. LyCORIS writes
+their kernels flattened, so that nothing else in a file tells them."""
+
+FORMS: Mapping[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "Tucker": (("lora_down.weight", "lora_up.weight", "lora_mid.weight"), ()),
+    "LoHa": (("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"), ("hada_t1", "hada_t2")),
+    "LoKr": (
+        (),
+        ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b", "lokr_t2"),
+    ),
+    "diff": (("diff",), ()),
+}
+"""The parts that each form needs, and those that it may have."""
+
+
+def form_of(parts: frozenset[str]) -> str | None:
+    """The form that has exactly these parts (alpha and DoRA's left out); None where none has."""
+    for form, (needed, possible) in FORMS.items():
+        if parts >= set(needed) and parts <= {*needed, *possible} and parts:
+            return form
+    return None
+
+
+def low_rank(
+    name: str, form: str, parts: Parts, alpha: float | None
+) -> tuple[Tensor, Tensor, float]:
+    """(A, B, scale) with `scale * B A` the difference that the parts of a module `name` mean.
+
+    A is [r, in(, k, k)], B [out, r(, 1, 1)], both float32. Raises `UserError` for parts whose
+    shapes do not go together, and for a product of more than `LARGEST` numbers.
+    """
+    fold: Callable[[Parts, Kernel], tuple[Tensor, Tensor, int | None, Kernel]]
+    fold = {"Tucker": _tucker, "LoHa": _loha, "LoKr": _lokr, "diff": _diff}[form]
+    floats = {part: tensor.float() for part, tensor in parts.items()}
+    try:
+        up, down, rank, kernel = fold(floats, _KERNELS.get(name.rpartition(".")[2], ()))
+        down = down.reshape(down.shape[0], -1, *kernel)
+        up = up.reshape(*up.shape, *[1] * len(kernel))
+    except UserError as error:
+        raise UserError(f"{name} is no {form} of a Stable Diffusion: {error}") from error
+    except (RuntimeError, ValueError, IndexError, KeyError, ZeroDivisionError) as error:
+        shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items())
+        raise UserError(f"{name} is no {form}: {shapes} do not go together") from error
+    return down, up, 1.0 if alpha is None or not rank else alpha / rank
+
+
+def _tucker(parts: Parts, kernel: Kernel) -> tuple[Tensor, Tensor, int | None, Kernel]:
+    down, up, core = (parts[f"lora_{part}.weight"] for part in ("down", "up", "mid"))
+    up, down = up.flatten(1), down.flatten(1)
+    return up, _core(core, down), down.shape[0], tuple(core.shape[2:])
+
+
+def _loha(parts: Parts, kernel: Kernel) -> tuple[Tensor, Tensor, int | None, Kernel]:
+    if ("hada_t1" in parts) != ("hada_t2" in parts):
+        raise ValueError
+    products = []
+    for side in ("1", "2"):
+        up, down = parts[f"hada_w{side}_a"], parts[f"hada_w{side}_b"]
+        core = parts.get(f"hada_t{side}")
+        if core is not None:
+            kernel, up, down = tuple(core.shape[2:]), up.T, _core(core, down)
+        products.append((up, down.flatten(1)))
+    (up1, down1), (up2, down2) = products
+    rank = parts["hada_w1_b"].shape[0]
+    outs, ins = up1.shape[0], down1.shape[1]
+    if up2.shape[0] != outs or down2.shape[1] != ins:
+        raise ValueError
+    if _full(up1.shape[1] * up2.shape[1], outs, ins):
+        return (*_beside_identity((up1 @ down1) * (up2 @ down2)), rank, kernel)
+    up = (up1[:, :, None] * up2[:, None, :]).flatten(1)
+    down = (down1[:, None] * down2[None]).flatten(0, 1)
+    return up, down, rank, kernel
+
+
+def _lokr(parts: Parts, kernel: Kernel) -> tuple[Tensor, Tensor, int | None, Kernel]:
+    import torch
+
+    if ("lokr_w1" in parts) == ("lokr_w1_a" in parts) or ("lokr_w2" in parts) == (
+        "lokr_w2_a" in parts
+    ):
+        raise ValueError
+    rank = None
+    if "lokr_w1" in parts:
+        up1, down1, _ = _as_product(parts["lokr_w1"])
+    else:
+        up1, down1 = parts["lokr_w1_a"], parts["lokr_w1_b"]
+        rank = down1.shape[0]
+    if "lokr_w2" in parts:
+        up2, down2, kernel = _as_product(parts["lokr_w2"])
+    else:
+        up2, down2 = parts["lokr_w2_a"], parts["lokr_w2_b"]
+        rank = rank or down2.shape[0]
+        core = parts.get("lokr_t2")
+        if core is not None:
+            kernel, up2, down2 = tuple(core.shape[2:]), up2.T, _core(core, down2)
+        down2 = down2.flatten(1)
+    outs, ins = up1.shape[0] * up2.shape[0], down1.shape[1] * down2.shape[1]
+    if _full(up1.shape[1] * up2.shape[1], outs, ins):
+        whole = _kron(up1 @ down1, up2 @ down2, kernel)
+        return (*_beside_identity(whole), rank, kernel)
+    return torch.kron(up1, up2), _kron(down1, down2, kernel), rank, kernel
+
+
+def _diff(parts: Parts, kernel: Kernel) -> tuple[Tensor, Tensor, int | None, Kernel]:
+    difference = parts["diff"]
+    if difference.ndim not in (2, 4):
+        raise ValueError
+    flat = difference.flatten(1)
+    _full(0, *flat.shape)
+    return (*_beside_identity(flat), None, tuple(difference.shape[2:]))
+
+
+def _core(core: Tensor, down: Tensor) -> Tensor:
+    """A core [r, s, k, k] times A [s, in]: the A of a convolution, [r, in * k * k]."""
+    import torch
+
+    rank, _, *kernel = core.shape
+    _full(rank, rank, down.shape[1] * math.prod(kernel))
+    return torch.einsum("rskl,si->rikl", core, down).flatten(1)
+
+
+def _kron(first: Tensor, second: Tensor, kernel: Kernel) -> Tensor:
+    """Kronecker's product of [a, c] and [b, d * k * k], kernels left inside: [ab, cd * k * k]."""
+    import torch
+
+    inner = second.reshape(second.shape[0], -1, math.prod(kernel))
+    return torch.kron(first[:, :, None], inner).flatten(1)
+
+
+def _as_product(matrix: Tensor) -> tuple[Tensor, Tensor, Kernel]:
+    """A whole matrix [out, in(, k, k)] as (up, down, kernel)."""
+    if matrix.ndim not in (2, 4):
+        raise ValueError
+    return (*_beside_identity(matrix.flatten(1)), tuple(matrix.shape[2:]))
+
+
+def _beside_identity(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """(up, down) whose product is `matrix`, of its own rank at most."""
+    import torch
+
+    outs, ins = matrix.shape
+    if outs <= ins:
+        return torch.eye(outs), matrix
+    return matrix, torch.eye(ins)
+
+
+def _full(rank: int, outs: int, ins: int) -> bool:
+    """Whether a product of this rank takes as much as the matrix [outs, ins] itself does.
+
+    `UserError` for more than anybody means.
+    """
+    least = min(rank, outs, ins) if rank else min(outs, ins)
+    if min(outs, ins) < 1 or max(outs * ins, least * (outs + ins)) > LARGEST:
+        raise UserError(f"it would have {outs} x {ins} numbers at rank {least}")
+    return rank >= min(outs, ins)
