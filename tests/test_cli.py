@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from ldm_pipeline.cli import COMMANDS, main
-from ldm_pipeline.commands import generate
+from ldm_pipeline.commands import adapters, generate
 from ldm_pipeline.grid import captioned_grid
 from ldm_pipeline.metadata import Recipe
 
@@ -375,11 +375,11 @@ def test_only_a_number_after_the_last_colon_is_a_weight(
     text: str, file: str, weight: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(generate, "inspect", lambda file: None)
-    assert generate.read_loras([text]) == ((file, weight),)
+    assert adapters.read_loras([text]) == ((file, weight),)
     recipe = Recipe(("x",), 7, 25, 7.5, (8, 8), "cpu", "float32", loras=((file, weight),))
     assert Recipe.from_json(recipe.to_json()) == recipe
     (again,) = [w for w in shlex.split(recipe.command("a.png")) if w.startswith("--lora=")]
-    assert generate.read_loras([again.removeprefix("--lora=")]) == ((file, weight),)
+    assert adapters.read_loras([again.removeprefix("--lora=")]) == ((file, weight),)
 
 
 def test_pictures_from_before_there_were_loras_are_read_and_written_as_before() -> None:

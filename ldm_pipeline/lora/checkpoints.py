@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.lora.files import serialised, write_whole
 from ldm_pipeline.lora.fitting import Modules, Shape
 from ldm_pipeline.lora.targets import COMPONENTS, TEXT_MODEL
 from ldm_pipeline.models import folders
@@ -109,7 +108,7 @@ def rewritten(
         shutil.copytree(checkpoint.folder, out, ignore=_not_ours(checkpoint))
         for file, keys in _by_file(checkpoint):
             target = out / file.relative_to(checkpoint.folder)
-            write_whole(target, _changed(file, keys, change))
+            _write_changed(target, file, keys, change)
     except BaseException as error:
         shutil.rmtree(out, ignore_errors=True)
         if isinstance(error, OSError):
@@ -118,13 +117,15 @@ def rewritten(
     return out
 
 
-def _changed(
+def _write_changed(
+    target: Path,
     file: Path,
     keys: Mapping[str, tuple[str, str]],
     change: Callable[[str, str, Tensor], Tensor],
-) -> bytes:
-    """A file's contents with the tensors of `keys` (key -> component, name) changed."""
+) -> None:
+    """Write a file's contents with the tensors of `keys` (key -> component, name) changed."""
     from safetensors import safe_open
+    from safetensors.torch import save_file
 
     tensors = {}
     with safe_open(file, "pt") as opened:
@@ -132,7 +133,7 @@ def _changed(
         for key in opened.keys():  # noqa: SIM118 (it is no mapping)
             w = opened.get_tensor(key)
             tensors[key] = change(*keys[key], w).to(w.dtype) if key in keys else w
-    return serialised(tensors, texts)
+    save_file(tensors, target, texts)
 
 
 def _by_file(checkpoint: Checkpoint) -> Iterator[tuple[Path, dict[str, tuple[str, str]]]]:

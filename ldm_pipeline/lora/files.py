@@ -75,8 +75,8 @@ def inspect(path: str | os.PathLike[str]) -> Header:
     if strange or not found.shapes:
         example = f", as {strange[0]!r}" if strange else ""
         raise UserError(
-            f"{place} is no LoRA in a layout that is known ({', '.join(LAYOUTS)}): {len(strange)} of"
-            f" its {len(found.shapes)} tensors are something else{example}"
+            f"{place} is no LoRA in a layout that is known ({', '.join(LAYOUTS)}): {len(strange)}"
+            f" of its {len(found.shapes)} tensors are something else{example}"
         )
     check_dtypes(place, found)
     return layout.inspect(place, found)
@@ -133,7 +133,7 @@ def save(
             return _save_peft(place, shaped, notes)
         file = serialised(diffusers.spelled(shaped), {**notes, **diffusers.texts(shaped)})
     path = place if place.suffix == ".safetensors" else place / FILE_NAME
-    write_whole(path, file)
+    _write_whole(path, file)
     return path
 
 
@@ -162,8 +162,14 @@ def serialised(tensors: Mapping[str, Tensor], texts: Mapping[str, str]) -> bytes
     """A safetensors file, its header in a fixed order: equal weights, equal bytes."""
     from safetensors.torch import save as serialise
 
-    whole = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+    whole = {key: _own(tensor.detach().cpu().contiguous()) for key, tensor in tensors.items()}
     return _in_order(serialise(whole, dict(texts)))
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """`tensor`, in memory of its own: safetensors refuses what shares its memory."""
+    alone = tensor.untyped_storage().nbytes() == tensor.nbytes
+    return tensor if alone else tensor.clone()
 
 
 def _kohya_file(weights: LoraWeights, family: Family, notes: Mapping[str, str]) -> bytes:
@@ -181,9 +187,9 @@ def _save_peft(place: Path, weights: LoraWeights, notes: Mapping[str, str]) -> P
     for component in weights.layouts:
         folder = place / component
         tensors = peft.spelled(weights, component)
-        write_whole(folder / peft.MODEL, serialised(tensors, {"format": "pt"}))
+        _write_whole(folder / peft.MODEL, serialised(tensors, {"format": "pt"}))
         config = peft.config(weights, component, notes.get("ss_sd_model_name"))
-        write_whole(folder / peft.CONFIG, config.encode())
+        _write_whole(folder / peft.CONFIG, config.encode())
     return place
 
 
@@ -208,7 +214,7 @@ def _in_order(contents: bytes) -> bytes:
     return struct.pack("<Q", len(text)) + text + contents[8 + length :]
 
 
-def write_whole(file: Path, contents: bytes) -> None:
+def _write_whole(file: Path, contents: bytes) -> None:
     """Write `contents` to `file`, flushed to the disk under another name that is then changed."""
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:

@@ -17,6 +17,7 @@ import torch
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.checkpoints import Checkpoint
+from ldm_pipeline.lora.ranks import check_rank
 from ldm_pipeline.lora.targets import Layout, Slot
 from ldm_pipeline.lora.weights import LORA_A, LORA_B, LoraWeights
 
@@ -33,12 +34,7 @@ class Rank:
     energy: float | None = None
 
     def __post_init__(self) -> None:
-        if self.most is None and self.energy is None:
-            raise UserError("say which rank is wanted: --rank 8, or --energy 0.95")
-        if self.most is not None and self.most < 1:
-            raise UserError(f"--rank={self.most} must be at least 1")
-        if self.energy is not None and not 0 < self.energy <= 1:
-            raise UserError(f"--energy={self.energy} must lie between 0 and 1, as 0.95")
+        check_rank(self.most, self.energy)
 
     def of(self, values: Tensor) -> int:
         """The number kept of singular values S; at least 1, and none that is zero otherwise."""

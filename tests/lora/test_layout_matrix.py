@@ -37,13 +37,14 @@ LEAST = 1e-6
 def outputs(pipe: Any, weights: LoraWeights | None) -> dict[str, torch.Tensor]:
     """What each network says with an adapter in its weights, or without any."""
     models = networks(pipe)
+    adapted = set(weights.modules()) if weights else set()
     base = base_of(models)
     told: dict[str, torch.Tensor] = {}
     tokens = torch.arange(10)[None]
     noise = torch.linspace(-1, 1, 4 * 8 * 8).reshape(1, 4, 8, 8)
     text = torch.linspace(-1, 1, 3 * pipe.unet.config.cross_attention_dim).reshape(1, 3, -1)
-    added = {"text_embeds": torch.ones(1, 24), "time_ids": torch.ones(1, 6)}
-    added = added if "text_encoder_2" in models else None
+    large = {"text_embeds": torch.ones(1, 24), "time_ids": torch.ones(1, 6)}
+    added = large if "text_encoder_2" in models else None
     calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {
         "unet": ((noise, 7, text), {"added_cond_kwargs": added}),
         "text_encoder": ((tokens,), {}),
@@ -53,11 +54,7 @@ def outputs(pipe: Any, weights: LoraWeights | None) -> dict[str, torch.Tensor]:
         changed = {}
         paths = {id(module): path for path, module in model.named_modules()}
         for name, module in adaptable(model).items():
-            if (
-                weights
-                and component in weights.layouts
-                and name in weights.layouts[component].slots
-            ):
+            if weights and (component, name) in adapted:
                 w = base(component, name)
                 assert w is not None
                 changed[f"{paths[id(module)]}.weight"] = w + delta(weights, component, name, w)

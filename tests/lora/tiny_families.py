@@ -70,7 +70,7 @@ def lora(
     only: Sequence[str] = (),
     size: float = 0.3,
 ) -> LoraWeights:
-    """Random weights beside every `every`th module of a pipeline's networks, ranks and alphas mixed.
+    """Random weights beside every `every`th module of a pipeline, ranks and alphas mixed.
 
     `only` limits it to modules whose names hold one of these words.
     """

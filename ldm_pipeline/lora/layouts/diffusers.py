@@ -58,7 +58,7 @@ def parse(key: str) -> tuple[str, str, str] | None:
 
 
 def inspect(file: Path, found: FileHeader) -> Header:
-    """The header of a file whose keys all `parse`; `UserError` where its metadata cannot be meant."""
+    """The header of a file whose keys all `parse`; `UserError` where it makes no sense."""
     return checked(
         Header(
             file, "diffusers", found.shapes, _metadata(file, found.texts), found.texts, {"": file}
@@ -115,7 +115,7 @@ def spell(component: str, path: str, part: str) -> str:
 
 
 def spelled(weights: LoraWeights) -> dict[str, Tensor]:
-    """The tensors by diffusers' keys, text encoders' with the `text_model.` that most tools ask for."""
+    """The tensors by diffusers' keys, text encoders' with the `text_model.` that tools want."""
     tensors = {}
     for key, tensor in weights.tensors.items():
         component, name, part = split(key)

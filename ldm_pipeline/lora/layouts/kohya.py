@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -194,7 +194,7 @@ def _alphas(weights: LoraWeights) -> dict[tuple[str, str], float]:
     encoder where they are not the commonest of their component. There they are written with the
     commonest, and B takes up the difference.
     """
-    alphas = {}
+    alphas: dict[tuple[str, str], float] = {}
     for component, layout in weights.layouts.items():
         own = {name: slot.rank * layout.scale(name) for name, slot in layout.slots.items()}
         common = next((a for a, _ in Counter(own.values()).most_common() if a), 1.0)

@@ -141,7 +141,7 @@ def _lokr(parts: Parts, kernel: Kernel) -> tuple[Tensor, Tensor, int | None, Ker
     if _full(up1.shape[1] * up2.shape[1], outs, ins):
         whole = _kron(up1 @ down1, up2 @ down2, kernel)
         return (*_beside_identity(whole), rank, kernel)
-    return torch.kron(up1, up2), _kron(down1, down2, kernel), rank, kernel
+    return torch.kron(up1.contiguous(), up2.contiguous()), _kron(down1, down2, kernel), rank, kernel
 
 
 def _diff(parts: Parts, kernel: Kernel) -> tuple[Tensor, Tensor, int | None, Kernel]:
@@ -166,8 +166,8 @@ def _kron(first: Tensor, second: Tensor, kernel: Kernel) -> Tensor:
     """Kronecker's product of [a, c] and [b, d * k * k], kernels left inside: [ab, cd * k * k]."""
     import torch
 
-    inner = second.reshape(second.shape[0], -1, math.prod(kernel))
-    return torch.kron(first[:, :, None], inner).flatten(1)
+    inner = second.contiguous().reshape(second.shape[0], -1, math.prod(kernel))
+    return torch.kron(first[:, :, None].contiguous(), inner).flatten(1)
 
 
 def _as_product(matrix: Tensor) -> tuple[Tensor, Tensor, Kernel]:
