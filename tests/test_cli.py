@@ -374,7 +374,7 @@ def test_refusing_a_lora_imports_nothing_heavy(tmp_path: Path) -> None:
 def test_only_a_number_after_the_last_colon_is_a_weight(
     text: str, file: str, weight: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "inspect", lambda file: None)
+    monkeypatch.setattr(adapters, "inspect", lambda file: None)
     assert adapters.read_loras([text]) == ((file, weight),)
     recipe = Recipe(("x",), 7, 25, 7.5, (8, 8), "cpu", "float32", loras=((file, weight),))
     assert Recipe.from_json(recipe.to_json()) == recipe
