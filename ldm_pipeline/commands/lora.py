@@ -19,8 +19,15 @@ from ldm_pipeline.commands.lora_info import describe
 from ldm_pipeline.commands.outputs import check_folder, check_weights
 from ldm_pipeline.commands.sources import cached, find
 from ldm_pipeline.errors import UserError, choose
-from ldm_pipeline.lora.files import LAYOUTS, inspect, load, save
-from ldm_pipeline.lora.layouts.families import FAMILIES, Family, family_named, family_of, required
+from ldm_pipeline.lora.files import LAYOUTS, inspect, load_whole, save
+from ldm_pipeline.lora.layouts.families import (
+    FAMILIES,
+    Family,
+    family_named,
+    family_of,
+    is_asked_for,
+    required,
+)
 from ldm_pipeline.lora.layouts.stamp import carried
 from ldm_pipeline.lora.weights import Header, LoraWeights
 
@@ -35,7 +42,7 @@ FLAGS: dict[str, dict[str, Any]] = {
     "out": {"type": Path, "metavar": "PLACE", "help": "a new .safetensors file, or a new folder"},
     "to": {"help": f"the layout, one of {', '.join(LAYOUTS)}"},
     "base": {"help": f"the family of models, one of {', '.join(FAMILIES)}; kohya's layout asks"},
-    "dtype": {"help": f"one of {', '.join(DTYPES)}; as it is, unless given"},
+    "dtype": {"help": f"one of {', '.join(DTYPES)}; what was computed is float32, unless given"},
     "model": {"metavar": "MODEL", "help": "the base: a folder, bundled, or a hub id in the cache"},
     "into": {"metavar": "MODEL", "help": "write a copy of this model with the LoRAs in it"},
     "rank": {"type": int, "help": "at most this rank"},
@@ -59,7 +66,7 @@ def convert(args: argparse.Namespace) -> None:
     (file,) = args.places
     header = inspect(file)
     family = _checked(args, [header])
-    _write(args, _settled(load(file), _base(args.model)), family, header.texts)
+    _write(args, _settled(load_whole(file), _base(args.model)), family, header.texts)
 
 
 def info(args: argparse.Namespace) -> None:
@@ -67,14 +74,15 @@ def info(args: argparse.Namespace) -> None:
     (file,) = args.places
     header = inspect(file)
     model = _base(args.model)
-    print("\n".join(describe(header, load(file))))
+    weights = load_whole(file)
+    print("\n".join(describe(header, weights)))
     if model is None:
         return
 
     from ldm_pipeline.lora.deltas import settle
     from ldm_pipeline.lora.fitting import fit_modules
 
-    found = fit_modules(settle(load(file), model.weight), model.modules)
+    found = fit_modules(settle(weights, model.weight), model.modules)
     print(f"{args.model}: {'fits' if found else 'does not fit'}, {found.matched} keys matched")
     print("".join(f"  {line}\n" for line in found.unmatched()), end="")
     if not found:
@@ -96,7 +104,7 @@ def merge(args: argparse.Namespace) -> None:
 
         from ldm_pipeline.lora.merging import into_checkpoint
 
-        loras = [(load(file), weight) for file, weight in files]
+        loras = [(load_whole(file), weight) for file, weight in files]
         print(into_checkpoint(target, loras, args.out))
         return
     family = _checked(args, headers)
@@ -107,7 +115,7 @@ def merge(args: argparse.Namespace) -> None:
 
     loras = []
     for file, weight in files:
-        weights = _settled(load(file), base)
+        weights = _settled(load_whole(file), base)
         loras.append((without_dora(weights, base.weight) if base else weights, weight))
     words = {"merged_from": ", ".join(f"{Path(file).name}:{weight:g}" for file, weight in files)}
     _write(args, stack(loras), family, {f"modelspec.{name}": text for name, text in words.items()})
@@ -122,7 +130,7 @@ def resize(args: argparse.Namespace) -> None:
 
     from ldm_pipeline.lora.resizing import Rank, resize
 
-    made = resize(load(file), Rank(args.rank, args.energy))
+    made = resize(load_whole(file), Rank(args.rank, args.energy))
     print(_told(made.weights, made.share), file=sys.stderr)
     _write(args, made.weights, family, header.texts)
 
@@ -162,7 +170,7 @@ def _checked(args: argparse.Namespace, headers: list[Header]) -> Family | None:
     family = None if args.base is None else family_named(args.base)
     for header in headers:
         family = family or family_of(header.shapes, header.texts)
-    if args.to == "kohya" and headers:
+    if headers and (args.to == "kohya" or any(is_asked_for(header.shapes) for header in headers)):
         required(family)
     check_weights(args.out, folder=args.to == "peft")
     return family

@@ -15,9 +15,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import torch
-
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.lora.layouts.lycoris import beside_identity
 from ldm_pipeline.lora.targets import Layout, Slot
 from ldm_pipeline.lora.weights import COLUMNS, LORA_A, LORA_B, MAGNITUDE, LoraWeights
 
@@ -60,13 +59,12 @@ def delta(
     return (m / lengths).reshape(shape) * (w + d) - w
 
 
-def beside_identity(d: Tensor) -> tuple[Tensor, Tensor]:
-    """(A, B) whose product is d, exactly: one of them is an identity."""
+def full_rank(d: Tensor) -> tuple[Tensor, Tensor]:
+    """(A, B) whose product is D, exactly: one of them is an identity."""
     out, into, *kernel = d.shape
-    if out <= d[0].numel():
-        return d, torch.eye(out).reshape(out, out, *[1] * len(kernel))
-    size = d[0].numel()
-    return torch.eye(size).reshape(size, into, *kernel), d.reshape(out, size, *[1] * len(kernel))
+    up, down = beside_identity(d.flatten(1))
+    a = down.reshape(down.shape[0], into, *kernel)
+    return a, up.reshape(out, up.shape[1], *[1] * len(kernel))
 
 
 def settle(weights: LoraWeights, base: Base) -> LoraWeights:
@@ -94,7 +92,7 @@ def settle(weights: LoraWeights, base: Base) -> LoraWeights:
             key = f"{component}.{name}."
             tensors |= {key + LORA_A: a, key + LORA_B: b}
             if COLUMNS in parts:
-                a, b = beside_identity(delta(_with(weights, tensors), component, name, w))
+                a, b = full_rank(delta(_with(weights, tensors), component, name, w))
                 tensors |= {key + LORA_A: a, key + LORA_B: b}
                 del tensors[key + COLUMNS]
                 rank = a.shape[0]
@@ -105,7 +103,7 @@ def settle(weights: LoraWeights, base: Base) -> LoraWeights:
                     component,
                     name,
                 )
-                lengths = (w.float() + d).flatten(1).norm(dim=1)
+                lengths = (w.float().to(d.device) + d).flatten(1).norm(dim=1)
                 tensors[key + MAGNITUDE] = lengths.reshape(1, -1, 1, 1) if w.ndim == 4 else lengths
                 plain.discard(name)
             elif MAGNITUDE in parts:
@@ -128,7 +126,7 @@ def without_dora(weights: LoraWeights, base: Base) -> LoraWeights:
             parts = weights.parts(component, name)
             if MAGNITUDE in parts or COLUMNS in parts:
                 d = delta(weights, component, name, base(component, name))
-                a, b = beside_identity(d)
+                a, b = full_rank(d)
                 slots[name] = Slot(a.shape[0], a.shape[0])
                 parts = {LORA_A: a, LORA_B: b}
             else:

@@ -25,7 +25,7 @@ from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.lora.layouts import diffusers, kohya, peft, stamp
 from ldm_pipeline.lora.layouts.families import Family, family_of, required
 from ldm_pipeline.lora.layouts.reading import check_dtypes
-from ldm_pipeline.lora.weights import COLUMNS, LORA_A, LORA_B, Header, LoraWeights
+from ldm_pipeline.lora.weights import COLUMNS, LORA_A, LORA_B, MAGNITUDE, Header, LoraWeights
 from ldm_pipeline.models.headers import read_header
 
 if TYPE_CHECKING:
@@ -90,6 +90,39 @@ def load(path: str | os.PathLike[str]) -> LoraWeights:
     """
     header = inspect(path)
     return kohya.read(header) if header.layout == "kohya" else diffusers.read(header)
+
+
+def load_whole(path: str | os.PathLike[str]) -> LoraWeights:
+    """The LoRA at `path`, for whoever has no model to compare it with.
+
+    Raises `UserError` as `load` does, and for modules that lack A, B or a magnitude, or have them
+    in shapes that do not go together.
+    """
+    weights = load(path)
+    wanted = set()
+    for component, name in weights.modules():
+        layout, parts = weights.layouts[component], weights.parts(component, name)
+        dora = layout.dora and name not in layout.plain
+        a, b = parts.get(LORA_A), parts.get(LORA_B)
+        if a is None or b is None or (dora and MAGNITUDE not in parts):
+            raise UserError(f"{path}: {component}.{name} has {', '.join(sorted(parts))} alone")
+        m = parts.get(MAGNITUDE)
+        if (
+            a.ndim not in (2, 4)
+            or a.ndim != b.ndim
+            or b[0].numel() != a.shape[0]
+            or (m is not None and m.numel() != b.shape[0])
+            or min(*a.shape, *b.shape) < 1
+        ):
+            shapes = ", ".join(f"{part} {list(tensor.shape)}" for part, tensor in parts.items())
+            raise UserError(f"{path}: {component}.{name} has {shapes}, which do not go together")
+        wanted |= {f"{component}.{name}.{part}" for part in parts}
+    further = weights.tensors.keys() - wanted
+    if further or not wanted:
+        raise UserError(
+            f"{path} holds {', '.join(sorted(further)[:2]) or 'no module'}, and no LoRA"
+        )
+    return weights
 
 
 # Writing ----------------------------------------------------------------------------------------

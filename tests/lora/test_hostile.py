@@ -22,11 +22,15 @@ import torch
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
+from ldm_pipeline.commands.lora_info import describe
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.attach import attach, base_of
 from ldm_pipeline.lora.deltas import settle
-from ldm_pipeline.lora.files import load, save
+from ldm_pipeline.lora.files import inspect, load, load_whole, save
+from ldm_pipeline.lora.layouts import kohya
 from ldm_pipeline.lora.layouts.families import FAMILIES
+from ldm_pipeline.lora.merging import stack
+from ldm_pipeline.lora.resizing import Rank, resize
 from ldm_pipeline.lora.targets import TEXT_MODEL
 from ldm_pipeline.lora.weights import LORA_A, LORA_B
 from tests.lora import test_lycoris
@@ -189,7 +193,8 @@ def mutated(source: Path, place: Path, dice: random.Random) -> Path:
     """A mutant of a file, or of one file of PEFT's folder."""
     mutation = dice.choice(MUTATIONS)
     if source.is_dir():
-        shutil.copytree(source, place, dirs_exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(source, place)
         inner = dice.choice(sorted(place.iterdir()))
         if dice.random() < 0.4:
             config = inner / "adapter_config.json"
@@ -212,6 +217,16 @@ def state(pipe: Any) -> Any:
         ([(n, id(m)) for n, m in model.named_modules()], sorted(getattr(model, "peft_config", {})))
         for model in networks(pipe).values()
     ]
+
+
+def use(place: Path) -> None:
+    """What `ldm lora` does with a file that no model is at hand for: it works or is refused."""
+    with suppress(UserError):
+        weights = load_whole(place)
+        assert list(describe(inspect(place), weights))
+        assert resize(weights, Rank(most=1)).weights
+        assert kohya.spelled(weights, FAMILIES["sd1"])
+        assert stack([(weights, 0.5)])
 
 
 def check(pipe: Any, place: Path) -> bool:
@@ -251,7 +266,9 @@ def test_a_mutant_is_refused_or_loaded_wholly(
         dice = random.Random(number)
         source, _ = dice.choice(sources)
         try:
-            loaded += check(pipe, mutated(source, tmp_path / "mutant", dice))
+            mutant = mutated(source, tmp_path / "mutant", dice)
+            loaded += check(pipe, mutant)
+            use(mutant)
         except BaseException as error:
             error.add_note(f"mutant {number} of {source}")
             raise

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers.utils import convert_state_dict_to_kohya
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -107,6 +108,40 @@ def test_stock_peft_loads_our_folders(family: str, tmp_path: Path) -> None:
             assert changed is not None
             wanted = w + delta(weights, component, name, w)
             assert torch.allclose(changed, wanted, atol=1e-6), name
+
+
+def test_what_stock_diffusers_writes_for_other_tools_is_read(family: str, tmp_path: Path) -> None:
+    """It has `lora_te1` whatever the family, and diffusers' names for SDXL's blocks."""
+    weights = lora(PIPELINES[family](), every=3)
+    layouts = {
+        c: replace(own, slots={n: Slot(s.rank, s.rank) for n, s in own.slots.items()})
+        for c, own in weights.layouts.items()
+    }
+    weights = LoraWeights(weights.tensors, layouts)
+    file = tmp_path / "a.safetensors"
+    save_file(convert_state_dict_to_kohya(dict(weights.tensors)), file)
+    found = load(file)
+    assert found.layouts == weights.layouts
+    assert all(torch.equal(found.tensors[key], t) for key, t in weights.tensors.items())
+    told = family_of(inspect(file).shapes, {})
+    assert told is (FAMILIES["sdxl"] if family == "sdxl" else FAMILIES["sd1"]) or family == "sd2"
+
+
+READ = "down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k"
+TOLD: dict[str, tuple[dict[str, tuple[int, ...]], dict[str, str]]] = {
+    "sd1": ({f"unet.{READ}.lora_A.weight": (4, 768)}, {}),
+    "sd2": ({f"lora_unet_{flat(READ)}.lora_down.weight": (4, 1024)}, {}),
+    "sdxl": ({f"lora_unet_{flat(READ)}.hada_w1_b": (4, 2048)}, {}),
+    "sd2-v": ({}, {"modelspec.architecture": "stable-diffusion-v2-768-v/lora"}),
+}
+
+
+@pytest.mark.parametrize("name", TOLD)
+def test_a_family_is_told_by_its_width_of_text_or_its_header(name: str) -> None:
+    assert family_of(*TOLD[name]) is FAMILIES[name]
+    version = {"ss_base_model_version": FAMILIES[name].version}
+    assert family_of({}, version) is FAMILIES[name]
+    assert family_of({}, {}) is None
 
 
 def test_kohya_s_header_is_what_its_tools_ask_for(family: str, tmp_path: Path) -> None:

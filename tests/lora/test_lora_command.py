@@ -193,6 +193,7 @@ REFUSED = {
     "convert a.safetensors --to diffusers --out a.safetensors": "there already",
     "convert a.safetensors --to diffusers --out no/where.safetensors": "no folder no",
     "convert a.safetensors --to diffusers --dtype float8 --out x.safetensors": "--dtype='float8'",
+    "convert b.safetensors --to diffusers --out x.safetensors": "nothing tells this file's; say",
     "convert nowhere --to kohya --out x.safetensors": "there is no LoRA file nowhere",
     "info a.safetensors --rank 3": "takes no --rank",
     "info a.safetensors --model nowhere": "nowhere",
@@ -207,12 +208,14 @@ REFUSED = {
 
 
 def unknown_family(folder: Path) -> None:
-    """a.safetensors: a LoRA whose family nothing tells."""
+    """a.safetensors, b.safetensors: a LoRA and a LoKr whose family nothing tells."""
+    ones = torch.ones(2, 2)
     key = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-    save_file(
-        {f"{key}.lora_A.weight": torch.ones(1, 2), f"{key}.lora_B.weight": torch.ones(2, 1)},
-        folder / "a.safetensors",
-    )
+    lora = {f"{key}.lora_A.weight": ones, f"{key}.lora_B.weight": ones.clone()}
+    save_file(lora, folder / "a.safetensors")
+    key = "lora_unet_mid_block_attentions_0_proj_in"
+    lokr = {f"{key}.lokr_w1": ones, f"{key}.lokr_w2": ones.clone()}
+    save_file(lokr, folder / "b.safetensors")
 
 
 @pytest.mark.parametrize("arguments", REFUSED)

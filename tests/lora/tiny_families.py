@@ -93,7 +93,8 @@ def lora(
             if dora:
                 m = 1 + 0.1 * drawn(out)
                 tensors[key + MAGNITUDE] = m.reshape(1, out, 1, 1) if kernel else m
-        layouts[component] = Layout(slots, dora, rslora)
+        if slots:
+            layouts[component] = Layout(slots, dora, rslora)
     return LoraWeights(tensors, layouts)
 
 

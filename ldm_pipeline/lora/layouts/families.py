@@ -1,6 +1,7 @@
 """The families of models that LoRA files are made for, and how a file tells which is its own.
 
-Only kohya's layout needs to know: its names and its header differ from one family to the next.
+Kohya's layout needs to know, since its names and its header differ from one family to the next,
+and so do LyCORIS' products, which do not say what is a convolution.
 """
 
 from __future__ import annotations
@@ -49,11 +50,14 @@ FAMILIES: Mapping[str, Family] = {
 WIDTHS = {768: "sd1", 1024: "sd2", 2048: "sdxl"}
 """Channels of the text that a UNet is told, of the published models."""
 
-TOLD = re.compile(r"attn2[._]to_[kv]\b.*?(lora_A|down)\.weight$")
+TOLD = re.compile(r"attn2[._]to_[kv]\b.*?(lora_A\.weight|down\.weight|hada_w1_b)$")
 """Keys of what reads the text: their A has one column for each of its channels."""
 
-ONLY_SDXL = ("text_encoder_2.", "lora_te2_", "lora_te1_", "input_blocks", "output_blocks")
-PROJECTION = re.compile(r"\.proj_(in|out)$")
+ONLY_SDXL = ("text_encoder_2.", "lora_te2_", "input_blocks", "output_blocks")
+"""Not `lora_te1_`: stock diffusers writes it for every family."""
+PROJECTION = re.compile(r"proj_(in|out)\.lora[._](A|down)\.weight$")
+MATRIX = re.compile(r"proj_(in|out)\.(hada_|lokr_)")
+"""Keys of LyCORIS' products beside projections, which are matrices whatever the module is."""
 
 
 def family_named(name: str) -> Family:
@@ -74,16 +78,21 @@ def family_of(shapes: Mapping[str, tuple[int, ...]], texts: Mapping[str, Any]) -
         if TOLD.search(key) and len(shape) > 1 and shape[1] in WIDTHS:
             return FAMILIES[WIDTHS[shape[1]]]
     for key, shape in shapes.items():
-        if re.search(r"proj_(in|out)\.lora[._](A|down)\.weight$", key) and len(shape) == 4:
+        if PROJECTION.search(key) and len(shape) == 4:
             return FAMILIES["sd1"]
     return None
+
+
+def is_asked_for(shapes: Mapping[str, tuple[int, ...]]) -> bool:
+    """Whether a file leaves to its family what is a convolution."""
+    return any(MATRIX.search(key) for key in shapes)
 
 
 def required(family: Family | None) -> Family:
     """`family`; `UserError` where nothing told it."""
     if family is None:
         raise UserError(
-            "kohya's layout spells names differently for each family of models, and nothing tells"
+            "names and convolutions differ from one family of models to the next, and nothing tells"
             f" this file's; say --base, one of {', '.join(FAMILIES)}"
         )
     return family

@@ -109,7 +109,7 @@ def _loha(parts: Parts, kernel: Kernel) -> tuple[Tensor, Tensor, int | None, Ker
     if up2.shape[0] != outs or down2.shape[1] != ins:
         raise ValueError
     if _full(up1.shape[1] * up2.shape[1], outs, ins):
-        return (*_beside_identity((up1 @ down1) * (up2 @ down2)), rank, kernel)
+        return (*beside_identity((up1 @ down1) * (up2 @ down2)), rank, kernel)
     up = (up1[:, :, None] * up2[:, None, :]).flatten(1)
     down = (down1[:, None] * down2[None]).flatten(0, 1)
     return up, down, rank, kernel
@@ -118,17 +118,13 @@ def _loha(parts: Parts, kernel: Kernel) -> tuple[Tensor, Tensor, int | None, Ker
 def _lokr(parts: Parts, kernel: Kernel) -> tuple[Tensor, Tensor, int | None, Kernel]:
     import torch
 
-    if ("lokr_w1" in parts) == ("lokr_w1_a" in parts) or ("lokr_w2" in parts) == (
-        "lokr_w2_a" in parts
-    ):
-        raise ValueError
     rank = None
-    if "lokr_w1" in parts:
+    if _is_whole(parts, "lokr_w1"):
         up1, down1, _ = _as_product(parts["lokr_w1"])
     else:
         up1, down1 = parts["lokr_w1_a"], parts["lokr_w1_b"]
         rank = down1.shape[0]
-    if "lokr_w2" in parts:
+    if _is_whole(parts, "lokr_w2", "lokr_t2"):
         up2, down2, kernel = _as_product(parts["lokr_w2"])
     else:
         up2, down2 = parts["lokr_w2_a"], parts["lokr_w2_b"]
@@ -140,7 +136,7 @@ def _lokr(parts: Parts, kernel: Kernel) -> tuple[Tensor, Tensor, int | None, Ker
     outs, ins = up1.shape[0] * up2.shape[0], down1.shape[1] * down2.shape[1]
     if _full(up1.shape[1] * up2.shape[1], outs, ins):
         whole = _kron(up1 @ down1, up2 @ down2, kernel)
-        return (*_beside_identity(whole), rank, kernel)
+        return (*beside_identity(whole), rank, kernel)
     return torch.kron(up1.contiguous(), up2.contiguous()), _kron(down1, down2, kernel), rank, kernel
 
 
@@ -149,8 +145,8 @@ def _diff(parts: Parts, kernel: Kernel) -> tuple[Tensor, Tensor, int | None, Ker
     if difference.ndim not in (2, 4):
         raise ValueError
     flat = difference.flatten(1)
-    _full(0, *flat.shape)
-    return (*_beside_identity(flat), None, tuple(difference.shape[2:]))
+    _check_size(min(flat.shape), *flat.shape)
+    return (*beside_identity(flat), None, tuple(difference.shape[2:]))
 
 
 def _core(core: Tensor, down: Tensor) -> Tensor:
@@ -158,7 +154,7 @@ def _core(core: Tensor, down: Tensor) -> Tensor:
     import torch
 
     rank, _, *kernel = core.shape
-    _full(rank, rank, down.shape[1] * math.prod(kernel))
+    _check_size(rank, rank, down.shape[1] * math.prod(kernel))
     return torch.einsum("rskl,si->rikl", core, down).flatten(1)
 
 
@@ -174,10 +170,10 @@ def _as_product(matrix: Tensor) -> tuple[Tensor, Tensor, Kernel]:
     """A whole matrix [out, in(, k, k)] as (up, down, kernel)."""
     if matrix.ndim not in (2, 4):
         raise ValueError
-    return (*_beside_identity(matrix.flatten(1)), tuple(matrix.shape[2:]))
+    return (*beside_identity(matrix.flatten(1)), tuple(matrix.shape[2:]))
 
 
-def _beside_identity(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def beside_identity(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """(up, down) whose product is `matrix`, of its own rank at most."""
     import torch
 
@@ -187,12 +183,22 @@ def _beside_identity(matrix: Tensor) -> tuple[Tensor, Tensor]:
     return matrix, torch.eye(ins)
 
 
-def _full(rank: int, outs: int, ins: int) -> bool:
-    """Whether a product of this rank takes as much as the matrix [outs, ins] itself does.
+def _is_whole(parts: Parts, factor: str, *beside: str) -> bool:
+    """Whether a factor of Kronecker's product is there as one matrix, and not as a product of two;
+    `ValueError` for a mixture. `beside` are further parts of products."""
+    product = {f"{factor}_a", f"{factor}_b", *beside} & parts.keys()
+    if (factor in parts) == bool(product):
+        raise ValueError
+    return factor in parts
 
-    `UserError` for more than anybody means.
-    """
-    least = min(rank, outs, ins) if rank else min(outs, ins)
-    if min(outs, ins) < 1 or max(outs * ins, least * (outs + ins)) > LARGEST:
-        raise UserError(f"it would have {outs} x {ins} numbers at rank {least}")
+
+def _full(rank: int, outs: int, ins: int) -> bool:
+    """Whether a product of this rank takes as much as the matrix [outs, ins] itself does."""
+    _check_size(min(rank, outs, ins), outs, ins)
     return rank >= min(outs, ins)
+
+
+def _check_size(rank: int, outs: int, ins: int) -> None:
+    """Raise `UserError` for a product that is empty, or larger than anybody means."""
+    if min(rank, outs, ins) < 1 or max(outs * ins, rank * (outs + ins)) > LARGEST:
+        raise UserError(f"it would have {outs} x {ins} numbers at rank {rank}")
