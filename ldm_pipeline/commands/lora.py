@@ -28,6 +28,7 @@ from ldm_pipeline.lora.layouts.families import (
     is_asked_for,
     required,
 )
+from ldm_pipeline.lora.layouts.lycoris import convolved
 from ldm_pipeline.lora.layouts.stamp import carried
 from ldm_pipeline.lora.weights import Header, LoraWeights
 
@@ -66,7 +67,7 @@ def convert(args: argparse.Namespace) -> None:
     (file,) = args.places
     header = inspect(file)
     family = _checked(args, [header])
-    _write(args, _settled(load_whole(file), _base(args.model)), family, header.texts)
+    _write(args, _settled(_read(file, family), _base(args.model)), family, header.texts)
 
 
 def info(args: argparse.Namespace) -> None:
@@ -115,7 +116,7 @@ def merge(args: argparse.Namespace) -> None:
 
     loras = []
     for file, weight in files:
-        weights = _settled(load_whole(file), base)
+        weights = _settled(_read(file, family), base)
         loras.append((without_dora(weights, base.weight) if base else weights, weight))
     words = {"merged_from": ", ".join(f"{Path(file).name}:{weight:g}" for file, weight in files)}
     _write(args, stack(loras), family, {f"modelspec.{name}": text for name, text in words.items()})
@@ -130,7 +131,7 @@ def resize(args: argparse.Namespace) -> None:
 
     from ldm_pipeline.lora.resizing import Rank, resize
 
-    made = resize(load_whole(file), Rank(args.rank, args.energy))
+    made = resize(_read(file, family), Rank(args.rank, args.energy))
     print(_told(made.weights, made.share), file=sys.stderr)
     _write(args, made.weights, family, header.texts)
 
@@ -188,6 +189,12 @@ def _base(name: str | None) -> Checkpoint | None:
     from ldm_pipeline.lora.checkpoints import open_checkpoint
 
     return open_checkpoint(folder)
+
+
+def _read(file: str, family: Family | None) -> LoraWeights:
+    """The LoRA in a file; what is a convolution, its family says where the file does not."""
+    weights = load_whole(file)
+    return convolved(weights, required(family)) if is_asked_for(inspect(file).shapes) else weights
 
 
 def _settled(weights: LoraWeights, base: Checkpoint | None) -> LoraWeights:

@@ -105,7 +105,8 @@ def rewritten(
     Files that hold none of them are copied as they are. What does not get finished is removed.
     """
     try:
-        shutil.copytree(checkpoint.folder, out, ignore=_not_ours(checkpoint))
+        ignored = _not_ours(checkpoint)
+        shutil.copytree(checkpoint.folder, out, ignore=ignored, dirs_exist_ok=True)
         for file, keys in _by_file(checkpoint):
             target = out / file.relative_to(checkpoint.folder)
             _write_changed(target, file, keys, change)

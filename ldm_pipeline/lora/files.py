@@ -17,7 +17,6 @@ import os
 import struct
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -157,33 +156,15 @@ def save(
     notes = notes or {}
     if layout == "kohya":
         own = required(family or family_of(shapes_of(weights), notes))
-        shaped = convolved(weights, own)
-        file = _kohya_file(shaped, own, notes)
+        file = _kohya_file(weights, own, notes)
     else:
-        shaped = weights if family is None else convolved(weights, family)
-        _must_be_peft(shaped)
+        _must_be_peft(weights)
         if layout == "peft":
-            return _save_peft(place, shaped, notes)
-        file = serialised(diffusers.spelled(shaped), {**notes, **diffusers.texts(shaped)})
+            return _save_peft(place, weights, notes)
+        file = serialised(diffusers.spelled(weights), {**notes, **diffusers.texts(weights)})
     path = place if place.suffix == ".safetensors" else place / FILE_NAME
     _write_whole(path, file)
     return path
-
-
-def convolved(weights: LoraWeights, family: Family) -> LoraWeights:
-    """The same with the projections of transformers as the family has them, linear or 1 x 1.
-
-    LyCORIS' products come as matrices either way.
-    """
-    tensors = dict(weights.tensors)
-    for component, name in weights.modules():
-        if component == "unet" and name.endswith((".proj_in", ".proj_out")):
-            for part in (LORA_A, LORA_B):
-                key = f"{component}.{name}.{part}"
-                if key in tensors and tensors[key].flatten(1).shape == tensors[key].shape[:2]:
-                    flat = tensors[key].flatten(1)
-                    tensors[key] = flat if family.linear else flat[:, :, None, None]
-    return replace(weights, tensors=tensors)
 
 
 def shapes_of(weights: LoraWeights) -> dict[str, tuple[int, ...]]:

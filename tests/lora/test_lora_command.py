@@ -16,6 +16,7 @@ from ldm_pipeline.cli import main
 from ldm_pipeline.lora.deltas import product
 from ldm_pipeline.lora.files import inspect, load, save
 from ldm_pipeline.lora.layouts.families import FAMILIES
+from tests.lora import test_lycoris
 from tests.lora.tiny_families import PIPELINES, lora, sd1
 from tests.test_architecture import ROOT
 
@@ -69,6 +70,21 @@ def test_what_a_header_says_besides_is_carried_over(ldm: Ldm, tmp_path: Path) ->
     assert texts["ss_network_dim"] != "99"
     assert ldm("convert", "b.safetensors", "--to=diffusers", "--out=c.safetensors")[0] == 0
     assert "sshs_model_hash" not in inspect("c.safetensors").texts
+
+
+@pytest.mark.parametrize(("base", "sides"), [("sd1", 4), ("sd2", 2)])
+def test_the_family_says_what_is_a_convolution(
+    base: str, sides: int, ldm: Ldm, tmp_path: Path
+) -> None:
+    """Of a product of LyCORIS', which is a matrix in either case; stock diffusers would not load
+    the other."""
+    name, parts, wanted = test_lycoris.CASES["LoHa of a 1 x 1 convolution"]
+    file = test_lycoris.written(tmp_path, name, parts)
+    code, out, err = ldm("convert", str(file), "--to=diffusers", "--out=a", f"--base={base}")
+    assert (code, out) == (0, "a/pytorch_lora_weights.safetensors\n"), err
+    weights = load("a")
+    assert {tensor.ndim for tensor in weights.tensors.values()} == {sides}
+    assert torch.allclose(product(weights, "unet", name).flatten(1), wanted, atol=1e-6)
 
 
 def test_a_precision_may_be_chosen(ldm: Ldm, style: str) -> None:

@@ -21,9 +21,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.lora.layouts.families import Family
+from ldm_pipeline.lora.weights import LORA_A, LORA_B, LoraWeights
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -87,6 +90,22 @@ def low_rank(
     return down, up, 1.0 if alpha is None or not rank else alpha / rank
 
 
+def convolved(weights: LoraWeights, family: Family) -> LoraWeights:
+    """The same with the projections of transformers as the family has them, linear or 1 x 1.
+
+    Products come as matrices either way.
+    """
+    tensors = dict(weights.tensors)
+    for component, name in weights.modules():
+        if component == "unet" and name.endswith((".proj_in", ".proj_out")):
+            for part in (LORA_A, LORA_B):
+                key = f"{component}.{name}.{part}"
+                if key in tensors and tensors[key].flatten(1).shape == tensors[key].shape[:2]:
+                    flat = tensors[key].flatten(1)
+                    tensors[key] = flat if family.linear else flat[:, :, None, None]
+    return replace(weights, tensors=tensors)
+
+
 def _tucker(parts: Parts, kernel: Kernel) -> tuple[Tensor, Tensor, int | None, Kernel]:
     down, up, core = (parts[f"lora_{part}.weight"] for part in ("down", "up", "mid"))
     up, down = up.flatten(1), down.flatten(1)
@@ -101,7 +120,7 @@ def _loha(parts: Parts, kernel: Kernel) -> tuple[Tensor, Tensor, int | None, Ker
         up, down = parts[f"hada_w{side}_a"], parts[f"hada_w{side}_b"]
         core = parts.get(f"hada_t{side}")
         if core is not None:
-            kernel, up, down = tuple(core.shape[2:]), up.T, _core(core, down)
+            kernel, up, down = tuple(core.shape[2:]), up.t(), _core(core, down)
         products.append((up, down.flatten(1)))
     (up1, down1), (up2, down2) = products
     rank = parts["hada_w1_b"].shape[0]
@@ -131,7 +150,7 @@ def _lokr(parts: Parts, kernel: Kernel) -> tuple[Tensor, Tensor, int | None, Ker
         rank = rank or down2.shape[0]
         core = parts.get("lokr_t2")
         if core is not None:
-            kernel, up2, down2 = tuple(core.shape[2:]), up2.T, _core(core, down2)
+            kernel, up2, down2 = tuple(core.shape[2:]), up2.t(), _core(core, down2)
         down2 = down2.flatten(1)
     outs, ins = up1.shape[0] * up2.shape[0], down1.shape[1] * down2.shape[1]
     if _full(up1.shape[1] * up2.shape[1], outs, ins):
