@@ -23,6 +23,9 @@ LINEAR = "mid_block.attentions.0.transformer_blocks.0.ff.net.2"  # 16 x 64
 POINT = "mid_block.attentions.0.proj_in"  # 16 x 16 x 1 x 1
 KERNEL = "mid_block.resnets.0.conv1"  # 16 x 16 x 3 x 3
 
+ALPHA = 1.5
+"""No rank of a case, so that no scale is 1."""
+
 Tensors = dict[str, torch.Tensor]
 Case = tuple[str, Tensors, torch.Tensor]
 """A module's name, its parts, and the difference that they mean."""
@@ -41,7 +44,7 @@ def loha(name: str, out: int, n: int, rank: int) -> Case:
     names = ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")
     parts = {n_: drawn(*((out, rank) if n_.endswith("a") else (rank, n))) for n_ in names}
     a1, b1, a2, b2 = (parts[name] for name in names)
-    return name, parts, (a1 @ b1) * (a2 @ b2) * 2.0 / rank
+    return name, parts, (a1 @ b1) * (a2 @ b2) * ALPHA / rank
 
 
 def loha_tucker(rank: int) -> Case:
@@ -49,7 +52,7 @@ def loha_tucker(rank: int) -> Case:
     parts: Tensors = {}
     for side, (core, up, down) in zip("12", sides, strict=True):
         parts |= {f"hada_t{side}": core, f"hada_w{side}_a": up, f"hada_w{side}_b": down}
-    return KERNEL, parts, tucker(*sides[0]) * tucker(*sides[1]) * 2.0 / rank
+    return KERNEL, parts, tucker(*sides[0]) * tucker(*sides[1]) * ALPHA / rank
 
 
 def lokr(
@@ -69,19 +72,19 @@ def lokr(
             whole.append(parts[f"lokr_w{side}"])
     w1 = whole[0].reshape(*first, *[1] * (len(second) - 2))
     rank = ranks[0] or ranks[1]
-    return name, parts, torch.kron(w1, whole[1]) * (2.0 / rank if rank else 1.0)
+    return name, parts, torch.kron(w1, whole[1]) * (ALPHA / rank if rank else 1.0)
 
 
 def lokr_tucker(rank: int) -> Case:
     w1, core, up, down = drawn(4, 4), drawn(rank, rank, 3, 3), drawn(rank, 4), drawn(rank, 4)
     parts = {"lokr_w1": w1, "lokr_t2": core, "lokr_w2_a": up, "lokr_w2_b": down}
-    return KERNEL, parts, torch.kron(w1[:, :, None, None], tucker(core, up, down)) * 2.0 / rank
+    return KERNEL, parts, torch.kron(w1[:, :, None, None], tucker(core, up, down)) * ALPHA / rank
 
 
 def locon_tucker(rank: int) -> Case:
     core, up, down = drawn(rank, rank, 3, 3), drawn(16, rank, 1, 1), drawn(rank, 16, 1, 1)
     parts = {"lora_mid.weight": core, "lora_up.weight": up, "lora_down.weight": down}
-    return KERNEL, parts, tucker(core, up[:, :, 0, 0].T, down[:, :, 0, 0]) * 2.0 / rank
+    return KERNEL, parts, tucker(core, up[:, :, 0, 0].T, down[:, :, 0, 0]) * ALPHA / rank
 
 
 def whole(*shape: int) -> Case:
@@ -114,11 +117,11 @@ CASES = cases()
 
 
 def written(folder: Path, name: str, parts: Tensors) -> Path:
-    """The parts of one UNet module as LyCORIS writes them, alpha 2."""
+    """The parts of one UNet module as LyCORIS writes them."""
     file = folder / "lycoris.safetensors"
     key = f"lora_unet_{flat(name)}"
     tensors = {f"{key}.{part}": tensor.contiguous() for part, tensor in parts.items()}
-    save_file({**tensors, f"{key}.alpha": torch.tensor(2.0)}, file)
+    save_file({**tensors, f"{key}.alpha": torch.tensor(ALPHA)}, file)
     return file
 
 
