@@ -70,24 +70,25 @@ def tiny_text_encoder(vocabulary_size: int, projection: int | None = None) -> An
 
 
 def tiny_unet(time_cond_proj_dim: int | None = None, sample_size: int = 16, **settings: Any) -> Any:
-    """A two-level cross-attention UNet of 32 and 64 channels."""
+    """A two-level cross-attention UNet of 8 and 16 channels, or as `settings` say."""
     import torch
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=sample_size,
-        in_channels=4,
-        out_channels=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        block_out_channels=(8, 16),
-        norm_num_groups=4,
-        layers_per_block=1,
-        attention_head_dim=2,
-        time_cond_proj_dim=time_cond_proj_dim,
-        **{"cross_attention_dim": 32, **settings},
-    ).eval()
+    config: dict[str, Any] = {
+        "sample_size": sample_size,
+        "in_channels": 4,
+        "out_channels": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "block_out_channels": (8, 16),
+        "norm_num_groups": 4,
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "time_cond_proj_dim": time_cond_proj_dim,
+        "cross_attention_dim": 32,
+    }
+    return UNet2DConditionModel(**{**config, **settings}).eval()
 
 
 def tiny_vae() -> Any:

@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from ldm_pipeline.cli import COMMANDS, main
-from ldm_pipeline.commands import generate
+from ldm_pipeline.commands import adapters, generate
 from ldm_pipeline.grid import captioned_grid
 from ldm_pipeline.metadata import Recipe
 
@@ -349,8 +349,8 @@ LORA_REFUSED = {
     "generate x --lora 0.8": "there is no LoRA file 0.8",
     "generate x --lora words.txt": "words.txt is no whole safetensors file",
     "generate x --lora cut.safetensors": "cut.safetensors is no whole safetensors file",
-    "generate x --lora model.safetensors:1": "no LoRA in diffusers' layout",
-    "generate x --lora kohya.safetensors": "lora_unet_mid_block",
+    "generate x --lora model.safetensors:1": "no LoRA in a layout that is known",
+    "generate x --lora kohya.safetensors": "unet.mid_block has lora_up.weight, which is no whole",
     "generate x --lora style.safetensors:nan": "weight of style.safetensors is nan",
     "generate x --lora style.safetensors:-inf": "weight of style.safetensors is -inf",
     "generate x --lora style.safetensors:much": "'much' is no weight; write style.safetensors:0.8",
@@ -423,12 +423,12 @@ def test_refusing_a_lora_imports_nothing_heavy(tmp_path: Path) -> None:
 def test_only_a_number_after_the_last_colon_is_a_weight(
     text: str, file: str, weight: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(generate, "inspect", lambda file: None)
-    assert generate.read_loras([text]) == ((file, weight),)
+    monkeypatch.setattr(adapters, "inspect", lambda file: None)
+    assert adapters.read_loras([text]) == ((file, weight),)
     recipe = Recipe(("x",), 7, 25, 7.5, (8, 8), "cpu", "float32", loras=((file, weight),))
     assert Recipe.from_json(recipe.to_json()) == recipe
     (again,) = [w for w in shlex.split(recipe.command("a.png")) if w.startswith("--lora=")]
-    assert generate.read_loras([again.removeprefix("--lora=")]) == ((file, weight),)
+    assert adapters.read_loras([again.removeprefix("--lora=")]) == ((file, weight),)
 
 
 def test_pictures_from_before_there_were_loras_are_read_and_written_as_before() -> None:

@@ -1,8 +1,6 @@
 """`ldm dataset world`, `concept`, `check`: write a folder of captioned pictures, or look at one.
 
-Each kind is one `Kind` in `KINDS`: its flags with their defaults, and the function that does it.
-All kinds share one parser, so that arguments may come in any order; a flag that another kind takes
-is refused by name.
+Each kind is one `Kind` in `KINDS`, see `kinds`.
 """
 
 from __future__ import annotations
@@ -10,37 +8,19 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ldm_pipeline.commands.kinds import REQUIRED, Kind, declare, run_kind
 from ldm_pipeline.commands.outputs import check_folder
-from ldm_pipeline.errors import UserError, choose, suggestion
+from ldm_pipeline.errors import UserError, choose
 
 PURPOSE = "write a dataset of captioned pictures, or check one"
 
 SPLITS = ("train", "test", "unseen pairs")
 CONCEPTS = ("cactus", "comic")
-
-REQUIRED = object()
-"""In place of a default: the flag has to be given."""
-
-
-@dataclass(frozen=True)
-class Kind:
-    """One thing that `ldm dataset` does.
-
-    `defaults` has the kind's flags (without dashes), each with its default or `REQUIRED`;
-    `takes_folder` says whether a dataset is named behind the kind.
-    """
-
-    purpose: str
-    defaults: Mapping[str, object]
-    run: Callable[[argparse.Namespace], None]
-    takes_folder: bool = False
-
 
 FLAGS: dict[str, dict[str, Any]] = {
     "name": {"help": f"one of {', '.join(CONCEPTS)}"},
@@ -59,45 +39,13 @@ FLAGS: dict[str, dict[str, Any]] = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments; what is not given stays out of the namespace."""
-    purposes = "; ".join(f"{name}: {kind.purpose}" for name, kind in KINDS.items())
-    parser.add_argument("kind", help=purposes)
-    parser.add_argument("folder", nargs="?", help="check: a folder, .tar, .parquet or hub id")
-    for flag, declared in FLAGS.items():
-        kinds = {name: kind.defaults[flag] for name, kind in KINDS.items() if flag in kind.defaults}
-        shown = ", ".join(f"{name}{_shown(default)}" for name, default in kinds.items())
-        declared = {**declared, "help": f"{declared['help']} ({shown})"}
-        parser.add_argument(f"--{flag}", default=argparse.SUPPRESS, **declared)
+    """Declare the command's arguments."""
+    declare(parser, KINDS, FLAGS, "check: a folder, .tar, .parquet or hub id")
 
 
 def run(args: argparse.Namespace) -> None:
     """Do what the kind says with its flags; `UserError` for those of another kind."""
-    kind = KINDS[choose("dataset", args.kind, KINDS)]
-    kind.run(_of_kind(args, kind))
-
-
-def _of_kind(args: argparse.Namespace, kind: Kind) -> argparse.Namespace:
-    """What was given, with the kind's defaults for the rest; `UserError` where it does not fit."""
-    given = {name.replace("_", "-"): value for name, value in vars(args).items()}
-    folder = given.pop("folder")
-    del given["kind"]
-    for flag in given:
-        if flag not in kind.defaults:
-            known = [f"--{name}" for name in kind.defaults]
-            raise UserError(
-                f"`ldm dataset {args.kind}` takes no --{flag}, but {', '.join(known)}"
-                f"{suggestion(f'--{flag}', known)}"
-            )
-    values = {**kind.defaults, **given}
-    missing = [f"--{flag}" for flag, value in values.items() if value is REQUIRED]
-    if missing:
-        raise UserError(f"`ldm dataset {args.kind}` needs {', '.join(missing)}")
-    if kind.takes_folder and folder is None:
-        raise UserError(f"`ldm dataset {args.kind}` needs the dataset: `… {args.kind} DIR`")
-    if not kind.takes_folder and folder is not None:
-        raise UserError(f"`ldm dataset {args.kind}` takes no {folder!r}; its folder is --out")
-    named = {flag.replace("-", "_"): value for flag, value in values.items()}
-    return argparse.Namespace(folder=folder, **named)
+    run_kind("dataset", KINDS, args)
 
 
 def write_world(args: argparse.Namespace) -> None:
@@ -133,7 +81,7 @@ def check_dataset(args: argparse.Namespace) -> None:
     from ldm_pipeline.data.check import check
 
     tokens = None if args.tokenizer is None else _count_with(args.tokenizer)
-    report = check(args.folder, buckets, args.batch_size, tokens, args.alpha_masks)
+    report = check(args.places[0], buckets, args.batch_size, tokens, args.alpha_masks)
     print(report)
     if report.errors or (args.strict and report.warnings):
         sys.stdout.flush()
@@ -192,13 +140,6 @@ def _in_flags() -> Iterator[None]:
         raise UserError(f"{flag}{equals}{rest}") from error
 
 
-def _shown(default: object) -> str:
-    """A default for the help: nothing for switches and what has none."""
-    if default is REQUIRED:
-        return ", required"
-    return "" if default is None or default is False else f": {default}"
-
-
 KINDS = {
     "world": Kind(
         "write pictures of the procedural world",
@@ -222,6 +163,8 @@ KINDS = {
             "strict": False,
         },
         check_dataset,
-        takes_folder=True,
+        places="the dataset: `… check DIR`",
+        least=1,
+        most=1,
     ),
 }

@@ -19,10 +19,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm_pipeline.commands.adapters import read_loras
 from ldm_pipeline.commands.outputs import check_picture
 from ldm_pipeline.commands.sources import BUNDLED, Source, find, open_pipeline
 from ldm_pipeline.errors import UserError, choose
-from ldm_pipeline.lora.files import check_weight, inspect
 from ldm_pipeline.lora.notes import read_note
 from ldm_pipeline.metadata import Recipe, installed_versions
 from ldm_pipeline.models.prompt_syntax import parse
@@ -263,34 +263,6 @@ def check_lcm(lcm: bool | str) -> None:
         if not Path(lcm).exists():
             raise UserError(f"--lcm={lcm}: there is no such file; a prompt stands before --lcm")
         read_note(lcm)
-
-
-def read_loras(texts: Sequence[str]) -> tuple[tuple[str, float], ...]:
-    """The files and weights that --lora names, as FILE or FILE:WEIGHT.
-
-    Only a number after the last colon is a weight, so that C:\\a.safetensors is a file. Raises
-    `UserError` for a weight that is not finite and a file that is missing or no LoRA.
-    """
-    loras = []
-    for text in texts:
-        file, colon, last = text.rpartition(":")
-        weight = number(last) if colon else None
-        if weight is None:
-            if colon and Path(file).is_file():
-                raise UserError(f"--lora={text}: {last!r} is no weight; write {file}:0.8")
-            file, weight = text, 1.0
-        check_weight(file, weight)
-        inspect(file)
-        loras.append((file, weight))
-    return tuple(loras)
-
-
-def number(text: str) -> float | None:
-    """The number that `text` is, or None."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     if file.suffix == ".safetensors" and file.is_file():
         weights = read_weights([file])
         kinds = ", ".join(sorted(weights.dtypes))
-        print(f"{file}: {weights.parameters:,} parameters, {kinds}, {_size(file.stat().st_size)}")
+        print(f"{file}: {weights.parameters:,} parameters, {kinds}, {size(file.stat().st_size)}")
         return
     source = find(args.model)
     folder = source.folder or cached(source.name)
@@ -65,9 +65,9 @@ def run(args: argparse.Namespace) -> None:
     for part in components:
         number = f"{part.weights.parameters:,}" if part.weights else "-"
         kinds = ", ".join(sorted(part.weights.dtypes)) if part.weights else "-"
-        rows.append((part.name, part.kind, number, kinds, _size(part.size)))
+        rows.append((part.name, part.kind, number, kinds, size(part.size)))
     total = sum(part.weights.parameters for part in components if part.weights)
-    rows.append(("total", "", f"{total:,}", "", _size(sum(part.size for part in components))))
+    rows.append(("total", "", f"{total:,}", "", size(sum(part.size for part in components))))
     widths = [max(len(row[column]) for row in rows) for column in range(5)]
     for row in rows:
         cells = [
@@ -126,7 +126,7 @@ def read_licence(folder: Path) -> str:
     return "not stated in the model card"
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
     """Bytes for a reader: 31.5 MB (powers of 1000)."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:

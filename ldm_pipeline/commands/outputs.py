@@ -31,6 +31,19 @@ def check_folder(path: Path) -> Path:
     return path
 
 
+def check_weights(path: Path, *, folder: bool) -> Path:
+    """`path`, if weights can be written there, else a `UserError`: a file, which must be new, or
+    a folder; `folder` says that it has to be one."""
+    if path.suffix != ".safetensors":
+        return check_folder(path)
+    if folder:
+        raise UserError(f"cannot write {path}: this layout is a folder, not a .safetensors file")
+    if path.exists():
+        raise UserError(f"cannot write {path}: it is there already; name a new file")
+    _check_parent(path)
+    return path
+
+
 def _check_parent(path: Path) -> None:
     if not path.parent.is_dir():
         raise UserError(f"cannot write {path}: there is no folder {path.parent}")

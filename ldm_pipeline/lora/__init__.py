@@ -1,1 +1,1 @@
-"""LoRA: which modules are adapted, putting adapters in and out, their files, using several."""
+"""LoRA: which modules are adapted, adapters in and out, files of every layout, using several."""

@@ -13,12 +13,16 @@ from typing import Any
 
 from diffusers.utils.peft_utils import set_weights_and_activate_adapters
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.lora.files import LoraWeights, check_weight, fit, load, spell, split
+from ldm_pipeline.lora.deltas import Base, settle
+from ldm_pipeline.lora.files import check_weight, load
+from ldm_pipeline.lora.fitting import fit
 from ldm_pipeline.lora.inject import remove
-from ldm_pipeline.lora.targets import COMPONENTS, TEXT_MODEL
+from ldm_pipeline.lora.layouts.diffusers import spell
+from ldm_pipeline.lora.targets import COMPONENTS, TEXT_MODEL, adaptable
+from ldm_pipeline.lora.weights import LoraWeights, split
 from ldm_pipeline.models.text import has_adapters
 
 Pipeline = Any
@@ -59,8 +63,9 @@ def put(
     and for one that does not fit, in the words of `refusal` where there is one.
     """
     loaded = []
+    base = base_of(models)
     for path in files:
-        weights = load(path)
+        weights = settle(load(path), base)
         found = fit(weights, models)
         if not found:
             told = f"{path} does not fit this model: {found}; another model's LoRA?"
@@ -79,6 +84,17 @@ def put(
             layer.set_adapter(before)
         raise
     return names
+
+
+def base_of(models: Mapping[str, nn.Module]) -> Base:
+    """The weights under the adapters of `models`."""
+    modules = {component: adaptable(model) for component, model in models.items()}
+
+    def base(component: str, name: str) -> Tensor | None:
+        module = modules.get(component, {}).get(name)
+        return None if module is None else module.get_parameter("weight").detach()
+
+    return base
 
 
 def networks(pipe: Pipeline) -> dict[str, nn.Module]:

@@ -18,7 +18,7 @@ from torch import nn
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.attach import Pipeline, put
-from ldm_pipeline.lora.files import locate
+from ldm_pipeline.lora.files import inspect
 from ldm_pipeline.lora.notes import LcmNote, read_note
 from ldm_pipeline.models import bundled
 from ldm_pipeline.models.unet import adapters_at_rest
@@ -49,22 +49,23 @@ def few_step_unet(
     file = bundled.few_step_adapter() if lcm is True else lcm
     if file is None:
         raise UserError(NONE)
-    note, path = read_note(file), locate(file)
+    note, header = read_note(file), inspect(file)
     unet = getattr(pipe.unet, "_orig_mod", pipe.unet)  # torch.compile's wrapper holds it
     if any(hasattr(module, "_hf_hook") for module in unet.modules()):
         raise UserError(
             "lcm does not go together with CPU offload; load the adapter with"
             " pipe.load_lora_weights and draw with sampler='lcm'"
         )
-    facts = path.stat()
+    facts = [own.stat() for own in header.files.values()]
     with _making, adapters_at_rest():
-        key = (path.resolve(), facts.st_mtime_ns, facts.st_size, _state(unet))
+        dates = [(fact.st_mtime_ns, fact.st_size) for fact in facts]
+        key = (header.path.resolve(), *dates, _state(unet))
         made_of, made = _made.get(unet, (None, unet))
         if made_of != key:
             made = _copy(unet)
             active = _active(made)
             refusal = NONE if lcm is True else None
-            (name,) = put(pipe, {"unet": made}, [path], refusal)
+            (name,) = put(pipe, {"unet": made}, [header.path], refusal)
             for layer in _layers(made):
                 layer.enable_adapters(True)
                 layer.set_adapter([*active.get(layer, []), name])

@@ -23,8 +23,8 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.lora.files import LORA_A, LORA_B, MAGNITUDE, LoraWeights
 from ldm_pipeline.lora.targets import TEXT_MODEL, Layout, LoraSettings, resolve
+from ldm_pipeline.lora.weights import LORA_A, LORA_B, MAGNITUDE, LoraWeights
 from ldm_pipeline.models.text import has_adapters
 
 NAME = "default"

@@ -100,11 +100,20 @@ class Slot:
 
 @dataclass(frozen=True)
 class Layout:
-    """How one component is adapted: a slot for each module, by name."""
+    """How one component is adapted: a slot for each module, by name.
+
+    `plain` are modules without DoRA's magnitude where others have one; PEFT has no such adapters.
+    """
 
     slots: Mapping[str, Slot]
     dora: bool = False
     rslora: bool = False
+    plain: frozenset[str] = frozenset()
+
+    def scale(self, name: str) -> float:
+        """What B A is multiplied by in the module `name`."""
+        slot = self.slots[name]
+        return slot.alpha / (math.sqrt(slot.rank) if self.rslora else slot.rank)
 
     def peft_fields(self) -> dict[str, Any]:
         """The fields of PEFT's `LoraConfig` that say the same; they are also a file's metadata.

@@ -45,7 +45,10 @@ def read_header(file: Path) -> FileHeader:
             {key: str(entry["dtype"]) for key, entry in entries.items()},
             dict(texts),
         )
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+    except (
+        OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError,
+        struct.error,
+    ) as error:  # fmt: skip
         raise UserError(
             f"{file} is no whole safetensors file, and no other files are opened: {error}"
         ) from error

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field, model_validator
 
 from ldm_pipeline.lora.targets import LoraSettings, Override
@@ -34,6 +36,9 @@ class AdapterSettings(Settings):
     rslora: bool = False
     overrides: dict[str, OverrideSettings] = Field(
         default={}, description="pattern: {rank, alpha} where they differ"
+    )
+    formats: tuple[Literal["diffusers", "kohya", "peft"], ...] = Field(
+        default=("diffusers",), description="layouts of the file; diffusers' is always written"
     )
 
     def settings(self) -> LoraSettings:

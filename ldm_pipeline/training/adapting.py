@@ -37,6 +37,7 @@ from ldm_pipeline.processes.ranks import Ranks, launched
 from ldm_pipeline.training.adapter_config import AdapterConfig
 from ldm_pipeline.training.captioned import Sample, cached_texts, text_key
 from ldm_pipeline.training.lora_card import PICTURES, model_card
+from ldm_pipeline.training.lora_export import check_formats, family_of_unet, write_formats
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.sharding import sharding
 from ldm_pipeline.training.start import precision
@@ -156,6 +157,8 @@ class AdapterObjective(nn.Module, ABC):
         self.adapter = inject(models, config.lora.settings(), seed=seed, unread=unread)
         if config.begin_from is not None:
             _begin_from(self.adapter, config.begin_from)
+        self.family = family_of_unet(self.unet.config, self.kind)
+        check_formats(config, self.adapter.weights(), self.family, self.unet.config)
 
     @abstractmethod
     def _level(self, rng: np.random.Generator, share: float | None) -> dict[str, Tensor]:
@@ -236,15 +239,16 @@ class AdapterObjective(nn.Module, ABC):
                 yield list(bands), stacked(list(samples))
 
     def export(self, folder: Path) -> None:
-        """Write the adapter as stock diffusers reads it, and its model card."""
-        files.save(folder, self.adapter.weights(), self._notes())
+        """Write the adapter, as stock diffusers reads it at least, and its model card."""
+        weights, samples = self.adapter.weights(), len(self.data.samples)
+        write_formats(folder, self.config, weights, self._notes(), self.family, samples)
         picture = self.picture()
         if picture is not None:
             picture.save(folder / PICTURES)
         card = model_card(
             self.config,
             self.config.model,
-            len(self.data.samples),
+            samples,
             picture is not None,
             self.conditioning.tag,
             self._use(),

@@ -20,7 +20,9 @@ from safetensors.torch import load_file, save_file
 
 from ldm_pipeline import LatentDiffusionPipeline
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.lora.files import FILE_NAME, METADATA, fit, inspect, load, parse, save
+from ldm_pipeline.lora.files import FILE_NAME, inspect, load, save
+from ldm_pipeline.lora.fitting import fit
+from ldm_pipeline.lora.layouts.diffusers import METADATA, parse
 from ldm_pipeline.lora.targets import Slot
 from tests.lora.conftest import FEW, KINDS
 
@@ -260,8 +262,14 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "header too long": (lambda file: file.write_bytes(b"\xff" * 20), "longer than the file"),
     "not JSON": (lambda file: file.write_bytes(b"\2" + b"\0" * 7 + b"[]"), "no whole"),
     "cut off": (drop_end, "should have"),
-    "a whole model": (add(key="unet.conv_in.weight"), "no LoRA in diffusers' layout: 1 of"),
-    "kohya": (add(key="lora_unet_mid_block.lora_down.weight"), "lora_unet_mid_block"),
+    "a whole model": (
+        add(key="unet.conv_in.weight"),
+        "no LoRA in a layout that is known (diffusers, kohya, peft): 1 of",
+    ),
+    "of two layouts": (
+        add(key="lora_unet_mid_block.lora_down.weight"),
+        "something else, as '",
+    ),
     "twice": (
         add(key="unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_q.lora.down.weight"),
         "twice",

@@ -189,6 +189,15 @@ def learnt(config: TrainingConfig) -> str:
     return digest({n: p for n, p in built.named_parameters() if p.requires_grad})
 
 
+def exported(config: TrainingConfig) -> list[str]:
+    """What a finished run leaves."""
+    folder = Path("exported")
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    objective(config).export(folder)
+    return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*"))
+
+
 def cached(config: TrainingConfig) -> list[str]:
     """In which folders something is kept."""
     for name in ("cache", "elsewhere"):
@@ -378,6 +387,7 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "lora.rslora": Change(gradients, True),
         "lora.overrides.*.rank": Change(trained, 4),
         "lora.overrides.*.alpha": Change(gradients, 8.0),
+        "lora.formats": Change(exported, ["kohya", "peft"]),
         "lora.text_encoder": Change(trained, True),
         "loss.weighting": Change(loss, "debiased"),
         "loss.gamma": Change(loss, 1.0, {"loss.weighting": "min_snr"}),
@@ -409,6 +419,7 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "lora.rslora": Change(gradients, True),
         "lora.overrides.*.rank": Change(trained, 4),
         "lora.overrides.*.alpha": Change(gradients, 8.0),
+        "lora.formats": Change(exported, ["kohya", "peft"]),
         "lcm.original_steps": Change(batch, 20),
         "lcm.timestep_scaling": Change(loss, 0.01),
         "lcm.w": Change(batch, (1.0, 2.0)),

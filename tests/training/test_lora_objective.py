@@ -21,6 +21,8 @@ from ldm_pipeline import LatentDiffusionPipeline
 from ldm_pipeline.data import captioned as dataset
 from ldm_pipeline.diffusion.losses import Loss, denoising_errors, loss_weights
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.lora.attach import attach
+from ldm_pipeline.lora.files import inspect
 from ldm_pipeline.models import autoencoder, text
 from ldm_pipeline.models.unet import bind
 from ldm_pipeline.training import checkpoint
@@ -285,6 +287,29 @@ def drawn(pipe: Any) -> Tensor:
     generator = torch.Generator().manual_seed(0)
     told = {"num_inference_steps": 2, "height": 64, "width": 64, "output_type": "pt"}
     return pipe("red, blue", generator=generator, **told).images
+
+
+def test_every_format_draws_what_was_trained(folder: Path, opened: Counted, tiny: Any) -> None:
+    """Stock diffusers reads kohya's through its own converter; ours reads PEFT's."""
+    config = config_of(folder, lora={"formats": ["kohya", "peft"], "text_encoder": True})
+    objective = LoraObjective(config, opened)
+    with torch.no_grad():
+        for parameter in objective.adapter.parameters.values():
+            parameter.add_(0.1 * torch.randn(parameter.shape))
+    objective.export(folder.parent / "out")
+    parts = {**copy.deepcopy(tiny()), **objective.adapter.models}
+    trained = drawn(StableDiffusionPipeline(**parts, requires_safety_checker=False))
+    for name in ("pytorch_lora_weights.safetensors", "kohya.safetensors", "peft"):
+        stock = StableDiffusionPipeline(**copy.deepcopy(tiny()), requires_safety_checker=False)
+        place = folder.parent / "out" / name
+        if name == "peft":
+            attach(stock, [(place, 1.0)])
+        else:
+            stock.load_lora_weights(place)
+        assert (drawn(stock) - trained).abs().max() <= 1e-6, name
+    texts = inspect(folder.parent / "out" / "kohya.safetensors").texts
+    assert (texts["ss_max_train_steps"], texts["ss_base_model_version"]) == ("6", "sd_v1")
+    assert float(texts["ss_learning_rate"]) == 1e-2
 
 
 def test_stock_diffusers_draws_what_was_trained(folder: Path, opened: Counted, tiny: Any) -> None:

@@ -329,3 +329,9 @@ def test_a_scheduler_of_another_theory_is_refused(folder: Path, tiny_xl: Any) ->
     edm = Opened(tiny_xl, lambda pipe: pipe.scheduler.register_to_config(sigma_data=0.5))
     with pytest.raises(UserError, match="sigma_data"):
         LoraObjective(short(folder), edm)
+
+
+def test_names_that_only_sdxl_has_are_refused_before_training(folder: Path, opened: Opened) -> None:
+    """The tiny UNet has one layer in each block; a reader would count them wrongly."""
+    with pytest.raises(UserError, match="of 2 layers in each block; this one has 1"):
+        LoraObjective(config_of(folder, lora={"formats": ["kohya"]}), opened)
