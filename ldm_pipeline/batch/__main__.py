@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from ldm_pipeline.batch.orders import Order, once, read_orders, share
 from ldm_pipeline.cli import Parser, ended
+from ldm_pipeline.commands.adapters import read_loras
 from ldm_pipeline.commands.generate import (
     Job,
     add_drawing_arguments,
@@ -28,7 +29,6 @@ from ldm_pipeline.commands.generate import (
     draw,
     open_adapted,
     pick_device,
-    read_loras,
     warn_of_unknown_words,
 )
 from ldm_pipeline.commands.sources import Source, find
