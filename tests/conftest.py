@@ -69,15 +69,20 @@ def tiny_text_encoder(vocabulary_size: int, projection: int | None = None) -> An
     return (CLIPTextModel if projection is None else CLIPTextModelWithProjection)(config).eval()
 
 
-def tiny_unet(time_cond_proj_dim: int | None = None, sample_size: int = 16, **settings: Any) -> Any:
-    """A two-level cross-attention UNet of 32 and 64 channels."""
+def tiny_unet(
+    time_cond_proj_dim: int | None = None,
+    sample_size: int = 16,
+    in_channels: int = 4,
+    **settings: Any,
+) -> Any:
+    """A two-level cross-attention UNet of 8 and 16 channels; one of 9 inputs is for inpainting."""
     import torch
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(0)
     return UNet2DConditionModel(
         sample_size=sample_size,
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
