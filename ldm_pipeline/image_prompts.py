@@ -13,14 +13,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.loaders import IPAdapterMixin
 from diffusers.models import ImageProjection
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
+from transformers.utils import logging as transformers_logging
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models.folders import SAFE
 from ldm_pipeline.request import Request
+
+_loudness = transformers_logging.get_verbosity()
+transformers_logging.set_verbosity_error()  # it says twice that torchvision, not needed, is missing
+from diffusers.loaders import IPAdapterMixin  # noqa: E402
+
+transformers_logging.set_verbosity(_loudness)
 
 Source = str | os.PathLike[str] | dict[str, Any]
 
