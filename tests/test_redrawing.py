@@ -158,18 +158,18 @@ def test_any_strength_with_any_number_of_steps(
         calls.append(i)
         return {}
 
-    for hole in (None, HOLE):
-        for strength in (0.01, 0.1, 0.5, 1.0):
-            for n in (1, 2, 5):
-                chosen = {"image": picture(), "mask_image": hole, "strength": strength}
-                chosen |= {"num_inference_steps": n, "guidance_scale": 1.0, "sampler": sampler}
-                for exact in (False, True):
-                    calls.clear()
-                    x = draw(pipe, "a", **chosen, exact_steps=exact, callback_on_step_end=count)
-                    assert x.isfinite().all()
-                    assert len(calls) >= 1
-                    if exact:  # second-order ones visit more levels than they make steps
-                        assert n <= len(calls) <= 2 * n
+    for strength, n in ((0.01, 1), (0.1, 4), (0.5, 3), (1.0, 1)):
+        for hole, exact in ((None, False), (HOLE, False), (None, True)):
+            if exact and strength < 0.1:
+                continue  # a grid of hundreds of steps, which some take a second to make
+            chosen = {"image": picture(), "mask_image": hole, "strength": strength}
+            chosen |= {"num_inference_steps": n, "guidance_scale": 1.0, "sampler": sampler}
+            calls.clear()
+            x = draw(pipe, "a", **chosen, exact_steps=exact, callback_on_step_end=count)
+            assert x.isfinite().all()
+            # Second-order ones visit up to twice as many levels as they make steps.
+            least = n if exact else max(1, int(n * strength))
+            assert least <= len(calls) <= max(2 * least, n if sampler == "lcm" else 0)
 
 
 def test_exact_steps_begin_where_the_strength_says(ours: Any) -> None:
@@ -209,7 +209,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"exact_steps": True}, "exact_steps is for image-to-image and inpainting"),
     (
         {"image": picture(), "keep_unmasked": True},
-        "keep_unmasked is for inpainting; pass image and",
+        "keep_unmasked is for inpainting; pass image",
     ),
     ({"image": picture(), "padding_mask_crop": 4}, "padding_mask_crop is for inpainting"),
     ({"image": picture(), "strength": 0.0}, "strength=0.0 would draw nothing"),
@@ -217,15 +217,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"image": picture(), "strength": float("nan")}, "strength=nan"),
     ({"image": "cat.png"}, "image='cat.png' is a name; open the picture first"),
     ({"image": 3}, "image cannot be read"),
-    ({"image": picture(1, 1)}, "image is too small"),
+    ({"image": picture(1, 1)}, "image cannot be read: height and width must be > 0"),
     ({"image": torch.zeros(1, 1, 32, 32)}, "image has 1 channels"),
     ({"image": [picture()] * 3}, "image has 3 entries for 1 images"),
     ({"image": picture(), "latents": torch.zeros(1, 4, 8, 8)}, "it must be (1, 4, 16, 16)"),
     ({"image": picture(), "callback_on_step_end_tensor_inputs": ["mask"]}, "'mask' is not known"),
-    (
-        {"image": picture(), "mask_image": picture(16, 16).convert("RGB"), "padding_mask_crop": -1},
-        "-1",
-    ),
+    ({"image": picture(), "mask_image": HOLE, "padding_mask_crop": -1}, "padding_mask_crop=-1"),
     ({"image": picture(), "mask_image": [HOLE] * 2}, "mask_image has 2 entries for 1 images"),
     ({"image": picture(), "mask_image": mask(16, 8), "padding_mask_crop": 1}, "image is 32x32"),
     (

@@ -100,10 +100,10 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DDPMScheduler"])
 @pytest.mark.parametrize("name", ARGUMENTS)
-def test_arguments(parts: dict[str, Any], name: str, scheduler: str) -> None:
-    pair = both(parts, scheduler=scheduler_of(scheduler))
+def test_arguments(parts: dict[str, Any], name: str) -> None:
+    """DDPM's fresh noise shows whether all noise before it was drawn alike."""
+    pair = both(parts, scheduler=scheduler_of("DDPMScheduler"))
     assert_same(pair, **{"prompt": "a red star", **STEPS, **ARGUMENTS[name]})
 
 
@@ -134,7 +134,7 @@ def change_mask() -> Callable[..., dict[str, Any]]:
     return callback
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "HeunDiscreteScheduler"])
+@pytest.mark.parametrize("name", ["HeunDiscreteScheduler"])
 @pytest.mark.parametrize(
     "callback", [change_latents, change_embeds, change_guidance, stop_early, change_mask]
 )
@@ -156,8 +156,7 @@ def test_callbacks(
     assert not torch.equal(changed, assert_same(pair, **chosen))
 
 
-@pytest.mark.parametrize("pad", [0, 4, 64])
-@pytest.mark.parametrize("size", [(32, 32), (90, 50)])
+@pytest.mark.parametrize("pad,size", [(0, (90, 50)), (4, (32, 32)), (64, (90, 50))])
 def test_a_part_enlarged(parts: dict[str, Any], pad: int, size: tuple[int, int]) -> None:
     """`padding_mask_crop` cuts out, draws, and lays back what stock does."""
     hole = np.zeros(size[::-1], dtype=np.uint8)
