@@ -58,7 +58,12 @@ def test_pixels_outside_the_mask_stay(
     """Every byte of every picture of a batch, in every format; and only there, and only then."""
     pipe = painting(components, channels)
     pictures = [EVERY_BYTE, picture(seed=3)]
-    chosen = {"image": pictures, "mask_image": HOLE, "num_inference_steps": 2, "seed": 1}
+    chosen: dict[str, Any] = {
+        "image": pictures,
+        "mask_image": HOLE,
+        "num_inference_steps": 2,
+        "seed": 1,
+    }
     stay = known(HOLE)
     for keep in (True, False):
         drawn = pipe(["a", "b"], **chosen, keep_unmasked=keep, output_type=output_type).images
@@ -75,7 +80,7 @@ def test_pixels_outside_the_mask_stay(
 def test_pixels_stay_in_half_precision(tiny: Callable[..., dict[str, Any]]) -> None:
     pipe = LatentDiffusionPipeline(**tiny()).to(torch.bfloat16)
     pipe.set_progress_bar_config(disable=True)
-    chosen = {"image": EVERY_BYTE, "mask_image": HOLE, "num_inference_steps": 1}
+    chosen: dict[str, Any] = {"image": EVERY_BYTE, "mask_image": HOLE, "num_inference_steps": 1}
     (drawn,) = pipe("a", **chosen, keep_unmasked=True).images
     assert (np.asarray(drawn)[known(HOLE)] == np.asarray(EVERY_BYTE)[known(HOLE)]).all()
 
@@ -127,8 +132,7 @@ def test_an_image_does_not_depend_on_its_batch(
     assert largest(alone[0], draw(bounded, prompts[0], seed=99, **chosen)) > 0.01
 
 
-def test_generators_draw_as_stock_and_seeds_by_themselves(ours: Any) -> None:
-    """Out of a picture the two are one; into one, stock encodes with the first generator."""
+def test_out_of_a_picture_a_seed_is_a_generator(ours: Any) -> None:
     seeds = (5, 6)
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     chosen = {"image": picture(), "sampler": "ddpm"}
@@ -162,7 +166,8 @@ def test_any_strength_with_any_number_of_steps(
         for hole, exact in ((None, False), (HOLE, False), (None, True)):
             if exact and strength < 0.1:
                 continue  # a grid of hundreds of steps, which some take a second to make
-            chosen = {"image": picture(), "mask_image": hole, "strength": strength}
+            chosen: dict[str, Any] = {"image": picture(), "mask_image": hole}
+            chosen |= {"strength": strength}
             chosen |= {"num_inference_steps": n, "guidance_scale": 1.0, "sampler": sampler}
             calls.clear()
             x = draw(pipe, "a", **chosen, exact_steps=exact, callback_on_step_end=count)
@@ -274,7 +279,8 @@ def test_mistakes_are_refused_before_any_network_runs(
 
 def test_a_unet_for_inpainting_says_what_it_needs(components: dict[str, Any]) -> None:
     pipe = painting(components, channels=9)
-    for inputs in ({}, {"image": picture()}):
+    nothing: dict[str, Any] = {}
+    for inputs in (nothing, {"image": picture()}):
         with pytest.raises(UserError, match="9 channels: it paints into pictures; pass image and"):
             pipe("a", **inputs)
     with pytest.raises(UserError, match="pass masked_image_latents too"):
