@@ -205,6 +205,11 @@ class Drawing(LiveValues, ImagePrompts, DiffusionPipeline):
         """Whether the UNet was made for inpainting, and reads the mask beside the latents."""
         return bool(self.unet.config.in_channels > self.unet.config.out_channels)
 
+    def _stock_class_name(self) -> str:
+        if self.unet is not None and self._reads_mask:
+            return "StableDiffusionInpaintPipeline"
+        return str(super()._stock_class_name())
+
     @property
     def _steerable(self) -> bool:
         """Whether guidance is two answers of the UNet, and not one of its inputs."""

@@ -132,10 +132,14 @@ class FolderPipeline(DiffusionPipeline):
         wanted = dtype or torch_dtype
         return made if wanted is None else made.to(wanted)
 
+    def _stock_class_name(self) -> str:
+        """The stock class that draws with the parts at hand."""
+        return self._saved_class_name
+
     def to_json_string(self) -> str:
         """The contents of `model_index.json`, under the class name that stock diffusers knows."""
         contents = json.loads(super().to_json_string())
-        contents["_class_name"] = self._saved_class_name
+        contents["_class_name"] = self._stock_class_name()
         return json.dumps(contents, indent=2, sort_keys=True) + "\n"
 
 

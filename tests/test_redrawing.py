@@ -6,15 +6,21 @@ pixel   uint8 values, of which the known ones must not change
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, LCMScheduler
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    LCMScheduler,
+    StableDiffusionInpaintPipeline,
+)
 from PIL import Image
 
-from ldm_pipeline import LatentDiffusionPipeline
+from ldm_pipeline import LatentDiffusionPipeline, load
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.request import SAMPLER_NAMES, TASKS, Request
 from tests.conftest import tiny_unet
@@ -287,6 +293,17 @@ def test_a_unet_for_inpainting_says_what_it_needs(components: dict[str, Any]) ->
         pipe("a", image=torch.zeros(1, 4, 16, 16), mask_image=HOLE)
     with pytest.raises(UserError, match="reads 5 channels: it is neither"):
         painting(components, channels=5)("a")
+
+
+def test_a_unet_for_inpainting_is_saved_for_stock_inpainting(
+    components: dict[str, Any], tmp_path: Path
+) -> None:
+    pipe = painting(components, channels=9)
+    pipe.save_pretrained(tmp_path)
+    stock = DiffusionPipeline.from_pretrained(tmp_path)
+    assert type(stock) is StableDiffusionInpaintPipeline
+    chosen = {"image": picture(), "mask_image": HOLE, "seed": 1}
+    assert torch.equal(draw(load(tmp_path), "a", **chosen), draw(pipe, "a", **chosen))
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK"])

@@ -137,9 +137,12 @@ def test_two_adapters_and_an_interval(tiny: Callable[..., Any], adapters: Path) 
         pipe.set_ip_adapter_scale([0.7, 0.3])
     several = [picture(seed=5), [picture(seed=6), picture(seed=7)]]
     drawn = assert_same(pair, **arguments("text-to-image"), ip_adapter_image=several)
+    alone = {"ip_adapter_image": several, "guidance_scale": 1.0}
+    unguided = assert_same(pair, **arguments("text-to-image"), **alone)
+    assert not torch.equal(drawn, unguided)
     chosen = {**arguments("text-to-image"), "generator": seeded(1, 2), "output_type": "latent"}
-    part = pair[0](**chosen, ip_adapter_image=several, guidance_interval=(0.0, 0.5)).images
-    assert not torch.equal(drawn, part), "without guidance the prompted half is read alone"
+    never = pair[0](**chosen, ip_adapter_image=several, guidance_interval=(0.9, 1.0)).images
+    assert torch.equal(never, unguided), "outside the interval the prompted half stands alone"
 
 
 @pytest.mark.parametrize("hidden", [False, True])
