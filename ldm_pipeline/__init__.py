@@ -14,15 +14,23 @@ from typing import TYPE_CHECKING, Any
 from ldm_pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from ldm_pipeline.pipeline import LatentDiffusionPipeline, load
+    from ldm_pipeline.pipeline import LatentDiffusionPipeline, load, teach_auto_pipelines
     from ldm_pipeline.request import Request
 
 __version__ = "0.1.0"
-__all__ = ["LatentDiffusionPipeline", "Request", "UserError", "__version__", "load"]
+__all__ = [
+    "LatentDiffusionPipeline",
+    "Request",
+    "UserError",
+    "__version__",
+    "load",
+    "teach_auto_pipelines",
+]
 
 _HOMES = {
     "LatentDiffusionPipeline": "ldm_pipeline.pipeline",
     "load": "ldm_pipeline.pipeline",
+    "teach_auto_pipelines": "ldm_pipeline.pipeline",
     "Request": "ldm_pipeline.request",
 }
 

@@ -63,5 +63,34 @@ def to_tensor(pictures: Image.Image | np.ndarray | Sequence[Image.Image]) -> Ten
     return torch.from_numpy(pages.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1.0
 
 
+def grown(
+    picture: Image.Image,
+    left: int = 0,
+    top: int = 0,
+    right: int = 0,
+    bottom: int = 0,
+    *,
+    mask: Image.Image | None = None,
+    painted: bool = True,
+) -> tuple[Image.Image, Image.Image]:
+    """An RGB picture with so many pixels more at its sides, and the mask that paints them.
+
+    Inpainting over the two is outpainting. The sides are continued by the pixels at their edges.
+    `mask` (white is painted) is what is to be painted besides; with `painted` False it grows like
+    the picture, for sides that are to be cut off again.
+    """
+    margins = ((top, bottom), (left, right))
+    pixels = np.pad(np.asarray(picture.convert("RGB")), (*margins, (0, 0)), mode="edge")
+    if mask is None:
+        inner = np.zeros((picture.height, picture.width), np.uint8)
+    else:
+        inner = np.asarray(mask.convert("L"))
+    if painted:
+        around = np.pad(inner, margins, constant_values=255)
+    else:
+        around = np.pad(inner, margins, mode="edge")
+    return Image.fromarray(pixels), Image.fromarray(around)
+
+
 def _sizes(pictures: Sequence[Image.Image]) -> list[str]:
     return sorted({f"{width}x{height}" for width, height in (p.size for p in pictures)})

@@ -19,7 +19,7 @@ from diffusers.utils import logging as diffusers_logging
 from huggingface_hub.errors import OfflineModeIsEnabled
 from packaging import version
 
-from ldm_pipeline.errors import UserError
+from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.models import bundled, folders
 
 FROM_FOLDER: Any = object()
@@ -108,10 +108,38 @@ class FolderPipeline(DiffusionPipeline):
         pipeline.register_to_config(_name_or_path=str(source))
         return pipeline
 
+    @classmethod
+    def from_pipe(
+        cls,
+        pipeline: DiffusionPipeline,
+        *,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        **components: Any,
+    ) -> Self:
+        """A pipeline over the parts of another one, ours or stock: no weight is copied.
+
+        `components` take the place of the other's parts. Unless a `dtype` is given the weights
+        keep theirs: they are the other pipeline's too. (Stock makes them float32.) Raises
+        `UserError` for a component that no such pipeline has.
+        """
+        known, _ = cls._get_signature_keys(cls)
+        for name in components:
+            choose("component", name, known)
+        parts = {name: part for name, part in pipeline.components.items() if name in known}
+        made = cls(**{**dict.fromkeys(known), **parts, **components})
+        made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
+        wanted = dtype or torch_dtype
+        return made if wanted is None else made.to(wanted)
+
+    def _stock_class_name(self) -> str:
+        """The stock class that draws with the parts at hand."""
+        return self._saved_class_name
+
     def to_json_string(self) -> str:
         """The contents of `model_index.json`, under the class name that stock diffusers knows."""
         contents = json.loads(super().to_json_string())
-        contents["_class_name"] = self._saved_class_name
+        contents["_class_name"] = self._stock_class_name()
         return json.dumps(contents, indent=2, sort_keys=True) + "\n"
 
 

@@ -42,6 +42,62 @@ RECORDED_PACKAGES = ("ldm-pipeline", "torch", "diffusers", "transformers", "nump
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The picture that one was drawn out of, or into, and how.
+
+    `image` and `mask` are file names as they were given, each with the SHA-256 of the file. With
+    `keep` the pixels outside the mask are the picture's own. `crop` is the margin around the mask
+    of the part that was drawn. `grow` holds the pixels painted on at the left, top, right and
+    bottom. `height` and `width` are the sizes that were asked for; without them the picture's own
+    decides.
+    """
+
+    image: tuple[str, str]
+    mask: tuple[str, str] | None = None
+    strength: float = 1.0
+    exact_steps: bool = False
+    keep: bool = True
+    crop: int | None = None
+    grow: tuple[int, int, int, int] = (0, 0, 0, 0)
+    height: int | None = None
+    width: int | None = None
+
+    def words(self) -> list[str]:
+        """The arguments of `ldm generate` that ask for this."""
+        words = [f"--image={self.image[0]}", "--strength", repr(self.strength)]
+        if self.mask is not None:
+            words += [f"--mask={self.mask[0]}"]
+        words += ["--height", str(self.height)] if self.height is not None else []
+        words += ["--width", str(self.width)] if self.width is not None else []
+        words += ["--exact-steps"] if self.exact_steps else []
+        words += ["--crop", str(self.crop)] if self.crop is not None else []
+        words += ["--grow", ",".join(map(str, self.grow))] if any(self.grow) else []
+        return words + ([] if self.keep else ["--no-keep"])
+
+    @staticmethod
+    def of(values: Mapping[str, Any]) -> Origin:
+        """The inverse of `asdict`; ValueError or TypeError where a value is of another type."""
+        image, mask = values["image"], values["mask"]
+        named = [*image, *(mask or ())]
+        asked = {name: values[name] for name in ("crop", "height", "width")}
+        whole = [*values["grow"], *(value for value in asked.values() if value is not None)]
+        if not all(isinstance(text, str) for text in named) or len(named) not in (2, 4):
+            raise ValueError("the name of a picture is missing")
+        if not all(type(number) is int for number in whole) or len(values["grow"]) != 4:
+            raise ValueError("a whole number is missing")
+        left, top, right, bottom = values["grow"]
+        return Origin(
+            image=(image[0], image[1]),
+            mask=None if mask is None else (mask[0], mask[1]),
+            strength=float(values["strength"]),
+            exact_steps=bool(values["exact_steps"]),
+            keep=bool(values["keep"]),
+            grow=(left, top, right, bottom),
+            **asked,
+        )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that decides a picture file drawn by `ldm generate`.
 
@@ -49,7 +105,8 @@ class Recipe:
     pictures for each prompt. Picture k of a run uses seed `seed + k`. `sampler` None is the
     model's own. `size` is (height, width) in pixels. `loras` are adapter files with their
     weights; `lcm` is that of few steps, "" the bundled model's. `weighted` says that prompts were
-    read with weights and BREAK, which older pictures' were not. `versions` names the packages that
+    read with weights and BREAK, which older pictures' were not. `origin` is the picture that it was
+    drawn out of, which then says how its size came about. `versions` names the packages that
     drew it: they do not enter the command, but other versions may round differently.
     """
 
@@ -68,6 +125,7 @@ class Recipe:
     loras: tuple[tuple[str, float], ...] = ()
     lcm: str | None = None
     weighted: bool = False
+    origin: Origin | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def command(self, output: str) -> str:
@@ -82,7 +140,10 @@ class Recipe:
             words += ["--sampler", self.sampler]
         if self.negative is not None:
             words += [f"--negative={self.negative}"]
-        words += ["--height", str(self.size[0]), "--width", str(self.size[1])]
+        if self.origin is not None:
+            words += self.origin.words()
+        else:
+            words += ["--height", str(self.size[0]), "--width", str(self.size[1])]
         words += ["--device", self.device, "--dtype", self.dtype]
         if self.n != 1:
             words += ["--n", str(self.n)]
@@ -97,8 +158,8 @@ class Recipe:
     def to_json(self) -> str:
         """The recipe as JSON, the same text for the same recipe.
 
-        `loras`, `lcm` and `weighted` are left out where there are none: so it was before there
-        were any.
+        `loras`, `lcm`, `weighted` and `origin` are left out where there are none: so it was before
+        there were any.
         """
         values = asdict(self)
         if not self.loras:
@@ -107,6 +168,8 @@ class Recipe:
             del values["lcm"]
         if not self.weighted:
             del values["weighted"]
+        if self.origin is None:
+            del values["origin"]
         return json.dumps({"format": FORMAT, **values}, sort_keys=True)
 
     @staticmethod
@@ -137,6 +200,7 @@ class Recipe:
             "Size": f"{self.size[1]}x{self.size[0]}",
             "Model": _name(self.model),
             "LoRA": ", ".join(loras),
+            "Denoising strength": _shortest(self.origin.strength) if self.origin else "",
         }
         told = [f"{name}: {_quoted(value)}" for name, value in values.items() if value]
         return "\n".join([*lines, ", ".join(told)])
@@ -180,6 +244,7 @@ def _checked(values: dict[str, Any]) -> Recipe:
             "grid": bool(values["grid"]),
             "loras": loras,
             "weighted": bool(values.get("weighted", False)),
+            "origin": Origin.of(values["origin"]) if values.get("origin") is not None else None,
             "versions": {str(k): str(v) for k, v in dict(values["versions"]).items()},
         }
     )

@@ -3,8 +3,9 @@
     request -> text embeddings -> plan -> denoising loop -> clean latents -> pictures
 
 `LatentDiffusionPipeline` is a `DiffusionPipeline` with Stable Diffusion's component and argument
-names, and a thin one: `request.py` checks what was asked, `tasks/` says where to start,
-`diffusion/` does the work, `models/` calls the networks, `running.py` keeps a run's values.
+names, and a thin one: `request.py` checks what was asked, `canvas.py` opens the picture to draw on,
+`drawing.py` goes the way above, `tasks/` says where it starts and what stays, `diffusion/` does the
+work, `models/` calls the networks, `running.py` keeps a run's values.
 
 Legend
     B        images of a run = prompts x images per prompt
@@ -15,7 +16,7 @@ Legend
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -32,41 +33,35 @@ from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ldm_pipeline.diffusion import loop
-from ldm_pipeline.diffusion.denoiser import Denoiser, guided, make_denoiser
+from ldm_pipeline.canvas import Canvas
 from ldm_pipeline.diffusion.prediction import PREDICTION_TYPES
-from ldm_pipeline.diffusion.samplers import Consistency
-from ldm_pipeline.diffusion.schedule import Schedule
+from ldm_pipeline.drawing import Drawing
 from ldm_pipeline.errors import UserError, choose
-from ldm_pipeline.images import to_output, to_pictures
 from ldm_pipeline.loading import FolderPipeline
 from ldm_pipeline.models import autoencoder, bundled, chunks, text
-from ldm_pipeline.models.sampling import choose_sampler, settle
-from ldm_pipeline.models.unet import bind, guidance_embedding
-from ldm_pipeline.randomness import batch_noise
+from ldm_pipeline.models.sampling import settle
 from ldm_pipeline.request import (
     CALLBACK_TENSORS,
     GUIDANCE,
     LCM_GUIDANCE,
     LCM_STEPS,
+    MASK_TENSORS,
     STEPS,
     Request,
     Text,
 )
-from ldm_pipeline.running import LiveValues, Run, under_way
-from ldm_pipeline.tasks.generate import generate
-
-Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
+from ldm_pipeline.running import Callback, Run, under_way
 
 
 class LatentDiffusionPipeline(
-    LiveValues,
+    Drawing,
     FolderPipeline,
     StableDiffusionMixin,
     TextualInversionLoaderMixin,
     StableDiffusionLoraLoaderMixin,
 ):
-    """Text to image with a Stable Diffusion shaped model (1.x, 2.x, or the bundled one).
+    """Pictures from words, and out of pictures or into them, with a Stable Diffusion shaped model
+    (1.x, 2.x, or the bundled one).
 
     Any component may be None where it is not needed: text parts alone encode prompts, and all
     but the text parts draw from embeddings. One pipeline serves any number of threads at once.
@@ -75,7 +70,7 @@ class LatentDiffusionPipeline(
     model_cpu_offload_seq = "text_encoder->image_encoder->unet->vae"
     _optional_components: ClassVar = ["safety_checker", "feature_extractor", "image_encoder"]
     _exclude_from_cpu_offload: ClassVar = ["safety_checker"]
-    _callback_tensor_inputs: ClassVar = list(CALLBACK_TENSORS)
+    _callback_tensor_inputs: ClassVar = [*CALLBACK_TENSORS, *MASK_TENSORS]
 
     def __init__(
         self,
@@ -106,6 +101,12 @@ class LatentDiffusionPipeline(
         self.register_to_config(requires_safety_checker=requires_safety_checker)
         self.vae_scale_factor = autoencoder.downscale(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
+        self.mask_processor = VaeImageProcessor(
+            vae_scale_factor=self.vae_scale_factor,
+            do_normalize=False,
+            do_binarize=True,
+            do_convert_grayscale=True,
+        )
 
     # Drawing ----------------------------------------------------------------------------------
 
@@ -127,6 +128,13 @@ class LatentDiffusionPipeline(
         prompt_embeds: Tensor | None = None,
         negative_prompt_embeds: Tensor | None = None,
         *,
+        image: Any = None,
+        mask_image: Any = None,
+        masked_image_latents: Tensor | None = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
@@ -139,10 +147,14 @@ class LatentDiffusionPipeline(
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         lcm: bool | str | os.PathLike[str] = False,
         weighted: bool = False,
+        exact_steps: bool = False,
+        keep_unmasked: bool = False,
     ) -> Any:
-        """Draw pictures. Arguments and defaults are those of a stock Stable Diffusion pipeline,
-        and draw the same pictures: 50 steps of guidance 7.5. `Request` documents each. Ours are
-        the last five:
+        """Draw pictures: from words, with `image` out of a picture, with `mask_image` into one.
+
+        Arguments and defaults are those of the stock Stable Diffusion pipelines for these, and
+        draw the same pictures: 50 steps of guidance 7.5. `Request` documents each. Ours are the
+        last seven:
 
         sampler             a name of `request.SAMPLER_NAMES`; None runs the pipeline's scheduler
         seed                image i is drawn with seed + i, or with entry i of a list, and is
@@ -152,6 +164,8 @@ class LatentDiffusionPipeline(
                             file, True is the bundled model's, in 4 steps without guidance unless
                             told otherwise; a full LCM (whose UNet takes the guidance) needs none
         weighted            prompts may be of any length and hold (word:1.3), [word] and BREAK
+        exact_steps         with an image, run all steps and not only the share `strength` of them
+        keep_unmasked       leave pixels outside the mask as they are, to the last of their bits
 
         `callback_on_step_end(pipe, step, timestep, tensors)` may change `latents`,
         `prompt_embeds`, `pipe._guidance_scale`, and set `pipe._interrupt`.
@@ -180,6 +194,15 @@ class LatentDiffusionPipeline(
             eta=eta,
             generator=generator,
             latents=latents,
+            image=image,
+            mask_image=mask_image,
+            masked_image_latents=masked_image_latents,
+            strength=strength,
+            exact_steps=exact_steps,
+            padding_mask_crop=padding_mask_crop,
+            keep_unmasked=keep_unmasked,
+            ip_adapter_image=ip_adapter_image,
+            ip_adapter_image_embeds=ip_adapter_image_embeds,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             output_type=output_type,
@@ -194,9 +217,11 @@ class LatentDiffusionPipeline(
             weighted=weighted,
         )
         self._check_components(request)
+        canvas = self._canvas(request)
+        self._check_latents(request, canvas)
         with under_way(self, self._begin(request)) as run:
-            z = self._draw(request, run, callback_on_step_end)
-            images, unsafe = self._finish(z, request)
+            z = self._draw(request, canvas, run, callback_on_step_end)
+            images, unsafe = self._finish(z, request, canvas)
         self.maybe_free_model_hooks()
         if not return_dict:
             return images, unsafe
@@ -212,116 +237,6 @@ class LatentDiffusionPipeline(
             cross_attention_kwargs=request.cross_attention_kwargs,
             steerable=self._steerable,
         )
-
-    def _draw(self, request: Request, run: Run, callback: Callback | None) -> Tensor:
-        """Latents [B, C, h, w] for a request: encode, plan, denoise."""
-        device = self._execution_device
-        schedule = Schedule.from_config(self.scheduler.config)
-        unet, distilled = self.unet, None
-        if request.lcm:
-            from ldm_pipeline.lora.few_steps import few_step_unet  # it imports peft
-
-            unet, note = few_step_unet(self, request.lcm)
-            distilled = Consistency(note.original_steps, note.timestep_scaling)
-        sampler = choose_sampler(
-            request.sampler_name,
-            self.scheduler,
-            eta=request.eta,
-            timesteps=request.timesteps,
-            sigmas=request.sigmas,
-            consistency=distilled,
-        )
-        course = sampler.course(schedule, request.num_inference_steps or 1)
-        run.num_timesteps = len(course.times) - 1
-
-        embeds, negative = self.encode_prompt(
-            request.prompts or None,
-            device,
-            request.num_images_per_prompt,
-            run.guides,
-            request.negative_prompts,
-            prompt_embeds=request.prompt_embeds,
-            negative_prompt_embeds=request.negative_prompt_embeds,
-            lora_scale=run.adapter_scale,
-            clip_skip=run.clip_skip,
-            weighted=request.weighted,
-        )
-        run.prompt_embeds = embeds
-        if run.guides:
-            assert negative is not None
-            run.prompt_embeds = torch.cat([negative, embeds])
-        run.negative_prompt_embeds = negative
-
-        noise = batch_noise(request.seeds or request.generator, request.image_count, device)
-        start = request.latents
-        if start is None:
-            start = noise.draw(self._latent_shape(request), embeds.dtype, device)
-        plan = generate(start.to(device), course)
-        denoiser = self._denoiser(unet, run, schedule, plan.start)
-        with self.progress_bar(total=run.num_timesteps) as bar:
-            watch = self._watch(run, callback, request.callback_on_step_end_tensor_inputs, bar)
-            return loop.run(plan, denoiser, course.step, noise, watch)
-
-    def _denoiser(
-        self, unet: UNet2DConditionModel, run: Run, schedule: Schedule, like: Tensor
-    ) -> Denoiser:
-        """The UNet with this run's conditioning, read anew at every call, and its guidance."""
-        strength = None
-        if not run.steerable:
-            w = torch.tensor(run.guidance_scale - 1).repeat(like.shape[0])
-            strength = guidance_embedding(w, self.unet.config.time_cond_proj_dim).to(like)
-
-        def network(x: Tensor, t: Tensor) -> Tensor:
-            bound = bind(
-                unet,
-                run.embeds_for(x.shape[0]),
-                timestep_cond=strength,
-                cross_attention_kwargs=run.cross_attention_kwargs,
-            )
-            return bound(x, t)
-
-        answers = guided(network, run.guidance, alone=network)
-        return make_denoiser(answers, schedule, self._prediction_type)
-
-    def _watch(
-        self, run: Run, callback: Callback | None, names: Sequence[str], bar: Any
-    ) -> loop.Watch:
-        """What happens after every step: the caller's callback, the progress bar, an interrupt."""
-
-        def watch(i: int, t: float, s: float, x: Tensor) -> Tensor | loop.Stop:
-            if callback is not None:
-                tensors = {
-                    "latents": x,
-                    "prompt_embeds": run.prompt_embeds,
-                    "negative_prompt_embeds": run.negative_prompt_embeds,
-                }
-                timestep = torch.tensor(int(t) if t.is_integer() else t)
-                passed = {name: tensors[name] for name in names}
-                changed = callback(self, i, timestep, passed) or {}
-                x = changed.get("latents", x)
-                run.prompt_embeds = changed.get("prompt_embeds", run.prompt_embeds)
-                run.negative_prompt_embeds = changed.get(
-                    "negative_prompt_embeds", run.negative_prompt_embeds
-                )
-            run.steps_done = i + 1
-            bar.update()
-            return loop.Stop(x) if run.interrupt else x
-
-        return watch
-
-    def _finish(self, z: Tensor, request: Request) -> tuple[Any, list[bool] | None]:
-        """Pictures of clean latents as the caller wants them, and which a checker blacked out."""
-        if request.output_type == "latent":
-            return z, None
-        images = autoencoder.decode(self.vae, z, request.generator)
-        if self.safety_checker is None:
-            return to_output(images, request.output_type), None
-        shown = to_pictures(to_output(images, "np"))
-        clip_input = self.feature_extractor(shown, return_tensors="pt").pixel_values
-        images, unsafe = self.safety_checker(
-            images=images, clip_input=clip_input.to(images.device, z.dtype)
-        )
-        return to_output(images, request.output_type, already=unsafe), unsafe
 
     # Words ------------------------------------------------------------------------------------
 
@@ -385,6 +300,8 @@ class LatentDiffusionPipeline(
         needed = {"unet": "draw", "scheduler": "draw"}
         if request.output_type != "latent":
             needed["vae"] = "decode latents (output_type='latent' skips that)"
+        if request.image is not None:
+            needed["vae"] = "encode and decode pictures"
         unguided = request.guidance_scale <= 1 or request.negative_prompt_embeds is not None
         if request.prompt_embeds is None or not unguided:
             needed["text_encoder"] = "encode a prompt (prompt_embeds and negative_prompt_embeds"
@@ -395,36 +312,54 @@ class LatentDiffusionPipeline(
         if request.prompt_embeds is None:
             text.check_clip_skip(self.text_encoder, request.clip_skip)
         choose("prediction_type", self._prediction_type, PREDICTION_TYPES)
-        shape = self._latent_shape(request)
+        self._check_channels(request)
+        self._check_image_prompt(request)
+
+    def _check_channels(self, request: Request) -> None:
+        """Raise `UserError` where the UNet reads another thing than the request has for it."""
+        channels, latents = self.unet.config.in_channels, self.unet.config.out_channels
+        if channels not in (latents, 2 * latents + 1):
+            raise UserError(
+                f"this model's UNet reads {channels} channels: it is neither for drawing"
+                f" ({latents}) nor for inpainting ({2 * latents + 1})"
+            )
+        if self._reads_mask and not request.paints:
+            raise UserError(
+                f"this model's UNet reads {channels} channels: it paints into pictures; pass image"
+                " and mask_image"
+            )
+
+    def _check_latents(self, request: Request, canvas: Canvas | None) -> None:
+        """Raise `UserError` for latents of another shape than this model and size have."""
+        shape = self._latent_shape(request, canvas)
         if request.latents is not None and tuple(request.latents.shape[1:]) != shape:
             raise UserError(
                 f"latents has shape {tuple(request.latents.shape)}; it must be"
                 f" {(request.image_count, *shape)} for this model and size"
             )
+        staying = request.masked_image_latents
+        if staying is not None and tuple(staying.shape[1:]) != shape:
+            raise UserError(
+                f"masked_image_latents has shape {tuple(staying.shape)}; each must be {shape}"
+            )
+        if canvas is not None and canvas.encoded and self._reads_mask and staying is None:
+            raise UserError(
+                "image holds latents, and this model's UNet reads what stays of the picture: pass"
+                " masked_image_latents too"
+            )
 
-    @property
-    def _steerable(self) -> bool:
-        """Whether guidance is two answers of the UNet, and not one of its inputs."""
-        return self.unet is None or self.unet.config.time_cond_proj_dim is None
 
-    @property
-    def _prediction_type(self) -> str:
-        return str(self.scheduler.config.get("prediction_type", "epsilon"))
+def teach_auto_pipelines() -> None:
+    """Let `AutoPipelineForText2Image`, `…Image2Image` and `…Inpainting` know our class, so that
+    their `from_pipe` turns one of our pipelines into one of ours, instead of refusing it."""
+    from diffusers.pipelines import auto_pipeline as auto  # it imports every pipeline there is
 
-    def _latent_shape(self, request: Request) -> tuple[int, int, int]:
-        """(C, h, w) of an image's latents: from height and width, `latents`, or the UNet."""
-        own = self.unet.config.sample_size
-        if request.latents is not None:
-            own = tuple(request.latents.shape[-2:])
-        if own is None and (request.height is None or request.width is None):
-            raise UserError("this model has no size of its own; pass height and width")
-        high, wide = own if isinstance(own, list | tuple) else (own, own)
-        factor = self.vae_scale_factor
-        return (
-            self.unet.config.in_channels,
-            high if request.height is None else request.height // factor,
-            wide if request.width is None else request.width // factor,
-        )
+    for classes in (
+        auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+        auto.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+        auto.AUTO_INPAINT_PIPELINES_MAPPING,
+    ):
+        classes["ldm-pipeline"] = LatentDiffusionPipeline
 
 
 def load(

@@ -7,7 +7,7 @@ one generator, or none, the whole batch is drawn from one stream, as stock pipel
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -45,6 +45,13 @@ def batch_noise(
     if isinstance(sources, Sequence):
         return Noise.of(sources)
     return SharedNoise((sources if sources is not None else torchs_own(device),), count)
+
+
+def first_rows(noise: Noise, count: int) -> Noise:
+    """The same source for `count` rows: from the one generator, or from the first `count`."""
+    if isinstance(noise, SharedNoise):
+        return replace(noise, count=count)
+    return Noise(noise.generators[:count])
 
 
 def torchs_own(device: torch.device) -> torch.Generator:

@@ -34,6 +34,7 @@ SAMPLER_NAMES = NATIVE_SAMPLERS + STOCK_SAMPLERS
 
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 CALLBACK_TENSORS = ("latents", "prompt_embeds", "negative_prompt_embeds")
+MASK_TENSORS = ("mask", "masked_image_latents")
 #: Largest seed: torch takes 64 signed bits.
 MAX_SEED = 2**63 - 1
 #: Latents are an eighth of the picture on each side.
@@ -43,6 +44,37 @@ LCM_STEPS, LCM_GUIDANCE = 4, 1.0
 STEPS, GUIDANCE = 50, 7.5
 
 Text = str | Sequence[str]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is drawn, told by which inputs are there.
+
+    needs        the inputs that are there and make it this task
+    takes        what may come besides, and is refused where the task is another
+    strength     how much is drawn anew where the caller does not say, as stock pipelines have it
+    tensors      what a callback may ask for
+    """
+
+    name: str
+    needs: tuple[str, ...] = ()
+    takes: tuple[str, ...] = ()
+    strength: float = 1.0
+    tensors: tuple[str, ...] = CALLBACK_TENSORS
+
+
+_REDRAWING = ("strength", "exact_steps")
+TASKS = (
+    Task("text-to-image"),
+    Task("image-to-image", ("image",), _REDRAWING, strength=0.8),
+    Task(
+        "inpainting",
+        ("image", "mask_image"),
+        (*_REDRAWING, "masked_image_latents", "padding_mask_crop", "keep_unmasked"),
+        tensors=CALLBACK_TENSORS + MASK_TENSORS,
+    ),
+)
+"""Every task; which of the inputs that any of them needs are there decides between them."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -59,6 +91,18 @@ class Request:
     guidance_scale              finite, at least 0; guidance is on above 1
     guidance_rescale            0 to 1 (Lin et al. 2305.08891, section 3.4)
     guidance_interval           (lo, hi): the fractions of the run between which guidance acts
+    image                       a picture, an array [H, W, 3] or a tensor [3, H, W] in [0, 1], a
+                                list or a batch of them, or latents; dealt out to the images in turn
+    mask_image                  the same with one channel: white (1) is painted, black (0) stays
+    strength                    above 0, up to 1: how much of the picture is drawn anew; of
+                                num_inference_steps that share is run, and one step at least
+    exact_steps                 run all num_inference_steps within that share
+    padding_mask_crop           draw only a part of the picture, enlarged: the mask with this
+                                many pixels around it
+    masked_image_latents        for UNets of 9 channels: what stays, encoded already
+    keep_unmasked               put every pixel where the mask is black back as it was
+    ip_adapter_image            a picture, or a list of pictures for each IP-Adapter
+    ip_adapter_image_embeds     what `prepare_ip_adapter_image_embeds` made of them
     seed                        a number (image i is drawn with seed + i) or a list, one per image
     generator                   a torch.Generator, or a list with one per image
     sampler                     one of `SAMPLER_NAMES`; None is the pipeline's own scheduler
@@ -82,6 +126,15 @@ class Request:
     eta: float = 0.0
     generator: torch.Generator | Sequence[torch.Generator] | None = None
     latents: torch.Tensor | None = None
+    image: Any = None
+    mask_image: Any = None
+    masked_image_latents: torch.Tensor | None = None
+    strength: float | None = None
+    exact_steps: bool = False
+    padding_mask_crop: int | None = None
+    keep_unmasked: bool = False
+    ip_adapter_image: Any = None
+    ip_adapter_image_embeds: Sequence[torch.Tensor] | None = None
     prompt_embeds: torch.Tensor | None = None
     negative_prompt_embeds: torch.Tensor | None = None
     output_type: str = "pil"
@@ -99,6 +152,7 @@ class Request:
         self._check_words()
         self._check_numbers()
         self._check_randomness()
+        self._check_pictures()
         if self.sampler is not None:
             choose("sampler", self.sampler, SAMPLER_NAMES)
         if not isinstance(self.lcm, bool | str | os.PathLike):
@@ -109,9 +163,40 @@ class Request:
             raise UserError(f"sampler={self.sampler!r} does not go with lcm; leave it out")
         choose("output_type", self.output_type, OUTPUT_TYPES)
         for name in self.callback_on_step_end_tensor_inputs:
-            choose("callback_on_step_end_tensor_inputs", name, CALLBACK_TENSORS)
+            choose("callback_on_step_end_tensor_inputs", name, self.task.tensors)
 
     # What the rest of the package reads -----------------------------------------------------
+
+    @cached_property
+    def task(self) -> Task:
+        """The task that the inputs ask for; `UserError` where they fit none."""
+        deciding = {name for task in TASKS for name in task.needs}
+        there = {name for name in deciding if _is_there(getattr(self, name))}
+        for task in TASKS:
+            if there == set(task.needs):
+                return task
+        raise UserError(
+            f"{', '.join(sorted(there))} alone cannot be drawn from; pass"
+            f" {' or '.join(' and '.join(task.needs) for task in TASKS if task.needs)}"
+        )
+
+    @property
+    def share(self) -> float:
+        """The share of the noise levels that is run: `strength`, or the task's own."""
+        return self.task.strength if self.strength is None else self.strength
+
+    @property
+    def paints(self) -> bool:
+        """Whether only a part of a picture is drawn."""
+        return self.mask_image is not None
+
+    @property
+    def begins_at_noise(self) -> bool:
+        """Whether the run starts at pure noise: without a picture, and in inpainting at strength 1
+        or where `latents` say where to start."""
+        if self.image is None:
+            return True
+        return self.paints and (self.share == 1 or self.latents is not None)
 
     @property
     def sampler_name(self) -> str | None:
@@ -249,6 +334,43 @@ class Request:
                     f"latents has shape {shape}; it must be [{self.image_count}, channels,"
                     " height/8, width/8], one per image"
                 )
+
+    def _check_pictures(self) -> None:
+        """Inputs that make a task together, and pictures that are pictures."""
+        for name in (name for task in TASKS for name in task.takes):
+            if _is_there(getattr(self, name)) and name not in self.task.takes:
+                takers = [task for task in TASKS if name in task.takes]
+                raise UserError(
+                    f"{name} is for {' and '.join(task.name for task in takers)}; pass"
+                    f" {' or '.join(' and '.join(task.needs) for task in takers)} with it, or leave"
+                    " it out"
+                )
+        for name in ("image", "mask_image", "ip_adapter_image"):
+            if isinstance(getattr(self, name), str | os.PathLike):
+                raise UserError(
+                    f"{name}={getattr(self, name)!r} is a name; open the picture first, as in"
+                    " PIL.Image.open(name)"
+                )
+        if self.strength is not None and _number("strength", self.strength, 0.0, 1.0) == 0:
+            raise UserError(f"strength={self.strength!r} would draw nothing; pass more than 0")
+        if self.padding_mask_crop is not None:
+            _whole("padding_mask_crop", self.padding_mask_crop, 0)
+            if self.output_type != "pil":
+                raise UserError(
+                    f"padding_mask_crop gives pictures, not output_type={self.output_type!r}; pass"
+                    " output_type='pil'"
+                )
+        if self.keep_unmasked and self.output_type == "latent":
+            raise UserError("keep_unmasked keeps pixels, and output_type='latent' has none")
+        if self.ip_adapter_image is not None and self.ip_adapter_image_embeds is not None:
+            raise UserError(
+                "ip_adapter_image and ip_adapter_image_embeds were both passed; pass only one"
+            )
+
+
+def _is_there(value: Any) -> bool:
+    """Whether a choice was made: anything but None and False."""
+    return value is not None and value is not False
 
 
 def _texts(name: str, text: Text | None) -> list[str]:

@@ -10,16 +10,22 @@ Legend: B = images of the run.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
+from ldm_pipeline.diffusion import loop
 from ldm_pipeline.diffusion.denoiser import Guidance
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.request import CALLBACK_TENSORS, MASK_TENSORS
+
+Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
+"""callback(pipeline, i, timestep, tensors) -> those of the tensors that it changed."""
 
 
 @dataclass(eq=False)
@@ -27,7 +33,9 @@ class Run:
     """The values of one run that may change while it runs; equal to itself alone.
 
     `prompt_embeds` is [B, L, C], or [2B, L, C] with the negative half first where the run began
-    with guidance. `steerable` is False for UNets that take guidance as an input (guided LCM).
+    with guidance, and so are `mask` [., 1, h, w], `masked_image_latents` [., C, h, w] and
+    `image_embeds`, one tensor for each IP-Adapter. `steerable` is False for UNets that take
+    guidance as an input (guided LCM).
     """
 
     guidance_scale: float = 7.5
@@ -41,6 +49,9 @@ class Run:
     steps_done: int = 0
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
+    mask: Tensor | None = None
+    masked_image_latents: Tensor | None = None
+    image_embeds: Sequence[Tensor] | None = None
 
     @property
     def guides(self) -> bool:
@@ -65,10 +76,45 @@ class Run:
             )
         return self.prompt_embeds[-rows:]
 
+    def beside(self, rows: int) -> Tensor | None:
+        """What an inpainting UNet reads beside a batch of `rows`: [rows, 1 + C, h, w]."""
+        if self.mask is None or self.masked_image_latents is None:
+            return None
+        return torch.cat([self.mask, self.masked_image_latents], dim=1)[:rows]
+
+    def added(self, rows: int) -> dict[str, list[Tensor]] | None:
+        """What an IP-Adapter reads of pictures for a batch of `rows`, under the UNet's name."""
+        if self.image_embeds is None:
+            return None
+        return {"image_embeds": [embeds[-rows:] for embeds in self.image_embeds]}
+
     @property
     def adapter_scale(self) -> float | None:
         """The factor on adapter layers that the caller asked for, or None."""
         return (self.cross_attention_kwargs or {}).get("scale")
+
+
+def watcher(
+    pipeline: object, run: Run, callback: Callback | None, names: Sequence[str], bar: Any
+) -> loop.Watch:
+    """What happens after every step: the caller's callback, the progress bar, an interrupt.
+
+    The callback is handed the tensors in `names`; those that it gives back take their place.
+    """
+
+    def watch(i: int, t: float, s: float, x: Tensor) -> Tensor | loop.Stop:
+        if callback is not None:
+            timestep = torch.tensor(int(t) if t.is_integer() else t)
+            passed = {name: x if name == "latents" else getattr(run, name) for name in names}
+            changed = callback(pipeline, i, timestep, passed) or {}
+            x = changed.get("latents", x)
+            for name in (CALLBACK_TENSORS + MASK_TENSORS)[1:]:
+                setattr(run, name, changed.get(name, getattr(run, name)))
+        run.steps_done = i + 1
+        bar.update()
+        return loop.Stop(x) if run.interrupt else x
+
+    return watch
 
 
 _this_thread = threading.local()

@@ -22,7 +22,15 @@ SCRIPTS = sorted((ROOT / "train").glob("*.py"))
 SHARED = {"", "errors", "grid", "images", "request"}
 """What any layer but the core may use: values, errors, pictures."""
 
-FRONT = {"pipeline", "loading", "running", "randomness"}
+FRONT = {
+    "pipeline",
+    "drawing",
+    "canvas",
+    "image_prompts",
+    "loading",
+    "running",
+    "randomness",
+}
 """The files that together are the pipeline."""
 
 FILES = {"metadata", "picture_files"}

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from ldm_pipeline.batch.orders import Order, once, read_orders, share
 from ldm_pipeline.cli import Parser, ended
+from ldm_pipeline.commands import pictures
 from ldm_pipeline.commands.adapters import read_loras
 from ldm_pipeline.commands.generate import (
     Job,
@@ -63,7 +64,7 @@ def parser() -> Parser:
     add("--seed", type=int, default=0, help="each prompt's first seed (%(default)s)")
     add_drawing_arguments(made)
     add("--quiet", action="store_true", help="print nothing but the folder's name")
-    made.set_defaults(grid=False)
+    made.set_defaults(grid=False, **pictures.NONE)
     return made
 
 
@@ -127,7 +128,7 @@ def _draw_all(
     with _bar([files[i] for i in missing], args.quiet or ranks.index > 0) as tick:
         for i in mine:
             job = Job(orders[i].prompt, orders[i].seed, files[i])
-            (picture,) = draw(pipeline, [job], orders[i].args, lambda line: None)
+            (picture,) = draw(pipeline, [job], orders[i].args, None, lambda line: None)
             size = (picture.height, picture.width)
             save_picture(picture, files[i], replace(recipes[i], size=size))
             tick()

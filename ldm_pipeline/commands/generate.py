@@ -1,4 +1,4 @@
-"""`ldm generate`: pictures from words.
+"""`ldm generate`: pictures from words, and out of pictures or into them.
 
 Every picture is drawn by itself, with its own seed: so each file's recipe is complete, and the
 command that `ldm show` prints gives the same bytes, whether the picture was drawn alone or as
@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm_pipeline.commands import pictures
 from ldm_pipeline.commands.adapters import read_loras
 from ldm_pipeline.commands.outputs import check_picture
 from ldm_pipeline.commands.sources import BUNDLED, Source, find, open_pipeline
@@ -51,6 +52,8 @@ FLAGS = {
     "width": "--width",
     "sampler": "--sampler",
     "seed": "--seed",
+    "strength": "--strength",
+    "padding_mask_crop": "--crop",
 }
 """The command's name for each choice of a `Request`."""
 
@@ -87,6 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="the first picture's seed, from which the next ones count on (random)",
     )
     add_drawing_arguments(parser)
+    pictures.add_arguments(parser)
     add("--quiet", action="store_true", help="print nothing but the files' names")
 
 
@@ -148,9 +152,11 @@ def run(args: argparse.Namespace) -> None:
         raise UserError('nothing to draw: give a prompt, as in ldm generate "a red star"')
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     settle_steps(args)
+    pictures.check(args)
     check_drawing(args, prompts, seed)
     loras = read_loras(args.lora)
     check_lcm(args.lcm)
+    given = pictures.read(args)
     jobs = plan(args, prompts, seed)
     source = find(args.model)
     say: Say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
@@ -160,6 +166,7 @@ def run(args: argparse.Namespace) -> None:
 
     device, dtype = pick_device(args.device, args.dtype)
     recipe = recipe_of(args, prompts, seed, loras, device, dtype)
+    recipe = replace(recipe, origin=given.origin if given is not None else None)
     output = check_output(args, prompts)
     longest = replace(recipe, prompts=(max(prompts, key=len),))
     check_fits(output, recipe if args.grid else longest)
@@ -168,11 +175,11 @@ def run(args: argparse.Namespace) -> None:
     sampler = "lcm" if args.lcm else args.sampler or "own sampler"
     say(f"seed {seed}, {args.steps} steps, {sampler}, {device} {dtype}")
     began = time.perf_counter()
-    pictures = draw(pipeline, jobs, args, say)
+    drawn = draw(pipeline, jobs, args, given, say)
     if args.grid:
-        write_grid(list(pictures), jobs, recipe, output)
+        write_grid(list(drawn), jobs, recipe, output)
     else:
-        for job, picture in zip(jobs, pictures, strict=True):
+        for job, picture in zip(jobs, drawn, strict=True):
             assert job.file is not None
             alone = replace(recipe, prompts=(job.prompt,), seed=job.seed, n=1)
             save_picture(picture, job.file, replace(alone, size=(picture.height, picture.width)))
@@ -226,6 +233,10 @@ def check_drawing(args: argparse.Namespace, prompts: Sequence[str], seed: int) -
             width=args.width,
             seed=seed,
             lcm=args.lcm,
+            image=True if args.image else None,  # what it shows is checked when it is read
+            mask_image=True if args.mask or args.grow else None,
+            strength=args.strength,
+            padding_mask_crop=args.crop,
         )
     check_place(args.device, args.dtype)
 
@@ -361,7 +372,11 @@ def open_adapted(
 
 
 def draw(
-    pipeline: LatentDiffusionPipeline, jobs: Sequence[Job], args: argparse.Namespace, say: Say
+    pipeline: LatentDiffusionPipeline,
+    jobs: Sequence[Job],
+    args: argparse.Namespace,
+    given: pictures.Given | None,
+    say: Say,
 ) -> Iterator[Image]:
     """The pictures of `jobs`, one after the other, each drawn when it is asked for."""
     from torch import OutOfMemoryError
@@ -376,23 +391,21 @@ def draw(
                 num_inference_steps=args.steps,
                 guidance_scale=args.guidance,
                 sampler=args.sampler,
-                height=args.height,
-                width=args.width,
                 seed=job.seed,
                 lcm=args.lcm,
                 weighted=not args.plain,
+                **(given.arguments() if given else {"height": args.height, "width": args.width}),
             )
         except OutOfMemoryError as error:
             raise UserError(
                 "the device has not enough memory for this picture; "
                 "try --dtype float16, or a smaller --height and --width"
             ) from error
-        yield result.images[0]
+        picture = result.images[0]
+        yield given.trimmed(picture) if given else picture
 
 
-def write_grid(
-    pictures: Sequence[Image], jobs: Sequence[Job], recipe: Recipe, output: Path
-) -> None:
+def write_grid(drawn: Sequence[Image], jobs: Sequence[Job], recipe: Recipe, output: Path) -> None:
     """Write one captioned grid: a row for each prompt where each has several pictures."""
     from ldm_pipeline.grid import captioned_grid
 
@@ -400,6 +413,6 @@ def write_grid(
     columns = recipe.n if several else math.ceil(math.sqrt(len(jobs)))
     seeds = recipe.n > 1
     captions = [f"{job.prompt} (seed {job.seed})" if seeds else job.prompt for job in jobs]
-    size = (pictures[0].height, pictures[0].width)
-    save_picture(captioned_grid(pictures, captions, columns), output, replace(recipe, size=size))
+    size = (drawn[0].height, drawn[0].width)
+    save_picture(captioned_grid(drawn, captions, columns), output, replace(recipe, size=size))
     print(output, flush=True)

@@ -3,11 +3,13 @@
 Legend
     t, s     the level a step starts from and the level it ends on
     n        number of steps;  strength in (0, 1]: the share of them that image-to-image runs
+    exact    run n steps all the same, from the level that this share of a finer grid begins at
     z        clean latents [B, C, h, w]
 """
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,7 +41,9 @@ class Course:
 class Sampler(Protocol):
     """A way to draw: a value without state, shared by any number of runs."""
 
-    def course(self, schedule: Schedule, n: int, strength: float = 1.0) -> Course:
+    def course(
+        self, schedule: Schedule, n: int, strength: float = 1.0, exact: bool = False
+    ) -> Course:
         """A fresh course of n steps; below strength 1, of its last part."""
 
 
@@ -47,16 +51,20 @@ class NativeSampler(ABC):
     """A sampler of ours: its x is alpha z + sigma eps at every level."""
 
     @abstractmethod
-    def times(self, schedule: Schedule, n: int, strength: float = 1.0) -> tuple[float, ...]:
+    def times(
+        self, schedule: Schedule, n: int, strength: float = 1.0, exact: bool = False
+    ) -> tuple[float, ...]:
         """The levels of n steps, descending to CLEAN; below strength 1, of image-to-image."""
 
     @abstractmethod
     def stepper(self, schedule: Schedule) -> Step:
         """A fresh step for one run."""
 
-    def course(self, schedule: Schedule, n: int, strength: float = 1.0) -> Course:
+    def course(
+        self, schedule: Schedule, n: int, strength: float = 1.0, exact: bool = False
+    ) -> Course:
         """A fresh course of n steps; below strength 1, of its last part."""
-        return self.along(schedule, self.times(schedule, n, strength))
+        return self.along(schedule, self.times(schedule, n, strength, exact))
 
     def along(self, schedule: Schedule, times: tuple[float, ...]) -> Course:
         """A fresh course over any two or more levels: a caller's own, or the way back up."""
@@ -77,11 +85,22 @@ class GridSampler(NativeSampler):
 
     spacing: str = "trailing"
 
-    def times(self, schedule: Schedule, n: int, strength: float = 1.0) -> tuple[float, ...]:
+    def times(
+        self, schedule: Schedule, n: int, strength: float = 1.0, exact: bool = False
+    ) -> tuple[float, ...]:
         """n + 1 levels of the grid, less the leading ones that `strength` skips."""
-        return grid(schedule, n, self.spacing)[skipped(n, strength) :]
+        total, first = share(n, strength, schedule.num_train_timesteps, exact)
+        return grid(schedule, total, self.spacing)[first:]
 
 
-def skipped(n: int, strength: float) -> int:
-    """How many of n steps an image-to-image run leaves out at the start; one is always run."""
-    return n - min(max(int(n * strength), 1), n)
+def share(n: int, strength: float, most: int, exact: bool = False) -> tuple[int, int]:
+    """(steps of the whole grid, how many of them image-to-image leaves out at the start).
+
+    It runs the last int(n strength) of n steps, and one at least, since a run of none would draw
+    nothing. With `exact` it runs the last n of n / strength steps; where that is more than the
+    `most` that the sampler knows, it begins at the least noise that leaves it n of those.
+    """
+    if not exact:
+        return n, n - min(max(int(n * strength), 1), n)
+    total = max(n, min(math.ceil(n / strength), most))
+    return total, total - n

@@ -60,11 +60,12 @@ def consistency_grid(
     """n + 1 levels ending in CLEAN, n of them from the grid that an LCM was distilled on.
 
     That grid has `original_steps` levels, every (T // original_steps)-th timestep. `strength`
-    in (0, 1] shortens it first, so that all n steps run (2310.04378). Raises UserError where it
-    has fewer than n levels left.
+    in (0, 1] shortens it first, to one level at least, so that all n steps run (2310.04378).
+    Raises UserError where it has fewer than n levels left.
     """
     stride = schedule.num_train_timesteps // original_steps
-    known = [float(i * stride - 1) for i in range(1, int(original_steps * strength) + 1)][::-1]
+    left = max(1, int(original_steps * strength))
+    known = [float(i * stride - 1) for i in range(1, left + 1)][::-1]
     if not 1 <= n <= len(known):
         raise UserError(
             f"num_inference_steps={n} must lie between 1 and {len(known)}: this sampler knows "

@@ -85,9 +85,20 @@ class Consistency(NativeSampler):
     original_steps: int = 50
     timestep_scaling: float = 10.0
 
-    def times(self, schedule: Schedule, n: int, strength: float = 1.0) -> tuple[float, ...]:
-        """n + 1 levels of the distillation's grid; `strength` shortens the grid, not n."""
-        return consistency_grid(schedule, n, self.original_steps, strength)
+    def times(
+        self, schedule: Schedule, n: int, strength: float = 1.0, exact: bool = False
+    ) -> tuple[float, ...]:
+        """n + 1 levels of the distillation's grid; `strength` shortens the grid, not n.
+
+        Where fewer than n levels are left, they are all visited; with `exact` it is the last n of
+        the whole grid, which begin at more noise.
+        """
+        left = max(1, int(self.original_steps * strength))
+        if n <= left or n > self.original_steps:
+            return consistency_grid(schedule, n, self.original_steps, strength)
+        visited = n if exact else left
+        whole = consistency_grid(schedule, self.original_steps, self.original_steps)
+        return whole[-visited - 1 :]
 
     def stepper(self, schedule: Schedule) -> Step:
         def step(denoiser: Denoiser, x: Tensor, t: float, s: float, noise: Noise) -> Tensor:

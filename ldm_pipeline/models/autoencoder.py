@@ -15,6 +15,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from ldm_pipeline.diffusion.noise import Noise
+
 
 def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, std) of the latents of `images`, each [B, C, H/f, W/f], scaled."""
@@ -22,6 +24,31 @@ def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     middle, spread = _units(vae, images)
     scale = vae.config.scaling_factor / spread
     return (gaussian.mean - middle) * scale, gaussian.std * scale
+
+
+def sample(
+    vae: AutoencoderKL, images: Tensor, rows: int, noise: Noise, *, singly: bool = False
+) -> Tensor:
+    """Latents [rows, C, H/f, W/f] of `images` [N, …], dealt out in turn, each drawn by `noise`.
+
+    With `singly` the images are encoded one at a time, so that none depends on its neighbours by
+    the rounding of a larger batch. The order of operations is that of stock pipelines.
+    """
+    gaussians = [vae.encode(part).latent_dist for part in images.split(1 if singly else rows)]
+    mean, std = (
+        tiled(torch.cat([getattr(gaussian, name) for gaussian in gaussians]), rows)
+        for name in ("mean", "std")
+    )
+    middle, spread = _units(vae, images)
+    raw = mean + std * noise.like(mean)
+    z: Tensor = (raw - middle) * (vae.config.scaling_factor / spread)
+    return z
+
+
+def tiled(rows: Tensor, count: int) -> Tensor:
+    """`rows` [N, …] dealt out in turn until there are `count`, a multiple of N; their layout in
+    memory stays."""
+    return torch.cat([rows] * (count // rows.shape[0]))
 
 
 def decode(

@@ -14,9 +14,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from torch import Tensor
-
-from ldm_pipeline.diffusion.course import Course, NativeSampler, Sampler, skipped
+from ldm_pipeline.diffusion.course import Course, NativeSampler, Sampler, share
 from ldm_pipeline.diffusion.samplers import SAMPLERS, Consistency, Renoise
 from ldm_pipeline.diffusion.schedule import CLEAN, Schedule
 from ldm_pipeline.errors import UserError
@@ -64,18 +62,14 @@ class AtLevels:
     timesteps: tuple[int, ...] | None = None
     sigmas: tuple[float, ...] | None = None
 
-    def course(self, schedule: Schedule, n: int, strength: float = 1.0) -> Course:
-        """A fresh course over the chosen levels; below strength 1, over their last part."""
+    def course(
+        self, schedule: Schedule, n: int, strength: float = 1.0, exact: bool = False
+    ) -> Course:
+        """A fresh course over the chosen levels; below strength 1, over their last part, unless
+        all of them are to be visited (`exact`)."""
         levels = self.levels(schedule)
-        times = (*levels[skipped(len(levels), strength) :], CLEAN)
-
-        def first(noise: Tensor) -> Tensor:
-            return noise * schedule.spread(times[0])
-
-        def noisy(z: Tensor, noise: Tensor, t: float) -> Tensor:
-            return schedule.alpha(t) * z + schedule.sigma(t) * noise
-
-        return Course(times, self.sampler.stepper(schedule), first, noisy)
+        _, first = share(len(levels), strength, len(levels), exact)
+        return self.sampler.along(schedule, (*levels[first:], CLEAN))
 
     def levels(self, schedule: Schedule) -> tuple[float, ...]:
         """The chosen levels, checked: descending, on the schedule; a closing sigma 0 is CLEAN."""

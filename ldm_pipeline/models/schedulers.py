@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_pipeline.diffusion.course import Course, skipped
+from ldm_pipeline.diffusion.course import Course, share
 from ldm_pipeline.diffusion.denoiser import Denoiser
 from ldm_pipeline.diffusion.noise import Noise
 from ldm_pipeline.diffusion.schedule import CLEAN, Schedule
@@ -94,15 +94,16 @@ class StockSampler:
         if self.timesteps is not None and self.sigmas is not None:
             raise UserError("pass either timesteps or sigmas, not both")
 
-    def course(self, schedule: Schedule, n: int, strength: float = 1.0) -> Course:
+    def course(
+        self, schedule: Schedule, n: int, strength: float = 1.0, exact: bool = False
+    ) -> Course:
         """A fresh course of n steps; below strength 1, of its last part, as stock image-to-image.
 
         `times` are the scheduler's own timesteps, so there are more than n of them where a step
         evaluates the network more than once. `schedule` is not asked: the scheduler has its own.
         """
         own = deepcopy(self.scheduler)
-        n = self._set(own, n)
-        begin = skipped(n, strength) * getattr(own, "order", 1)
+        begin = self._set(own, n, strength, exact) * getattr(own, "order", 1)
         if hasattr(own, "set_begin_index"):
             own.set_begin_index(begin)
         steps = own.timesteps[begin:]
@@ -135,10 +136,12 @@ class StockSampler:
 
         return Course(times, step, first, noisy)
 
-    def _set(self, own: Any, n: int) -> int:
-        """Set the copy's timesteps; how many steps they make."""
+    def _set(self, own: Any, n: int, strength: float, exact: bool) -> int:
+        """Set the copy's timesteps; how many of the steps that they make are left out."""
         accepted = inspect.signature(own.set_timesteps).parameters
-        chosen: dict[str, Any] = {"num_inference_steps": n}
+        most = own.config.get("original_inference_steps", own.config.num_train_timesteps)
+        total, first = share(n, strength, most, exact)
+        chosen: dict[str, Any] = {"num_inference_steps": total}
         if self.timesteps is not None:
             chosen = {"timesteps": list(self.timesteps)}
         elif self.sigmas is not None:
@@ -151,4 +154,7 @@ class StockSampler:
             own.set_timesteps(**chosen)
         except ValueError as error:
             raise UserError(f"{name}: {' '.join(str(error).split())}") from error
-        return n if "num_inference_steps" in chosen else len(own.timesteps)
+        if "num_inference_steps" in chosen:
+            return first
+        levels = len(own.timesteps)
+        return share(levels, strength, levels, exact)[1]

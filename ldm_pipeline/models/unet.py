@@ -12,7 +12,7 @@ Legend
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,9 +33,13 @@ def bind(
     *,
     timestep_cond: Tensor | None = None,
     cross_attention_kwargs: Mapping[str, Any] | None = None,
-    added_cond_kwargs: Mapping[str, Tensor] | None = None,
+    added_cond_kwargs: Mapping[str, Tensor | Sequence[Tensor]] | None = None,
+    beside: Tensor | None = None,
 ) -> Network:
     """The UNet as a function of (x, t), conditioned on `embeds`.
+
+    `beside` [B, c, h, w] is what an inpainting UNet reads after x's own channels: the mask and the
+    latents of what stays.
 
     `timestep_cond` [B, time_cond_proj_dim] is the guidance embedding of a guided LCM.
     `cross_attention_kwargs` goes to the attention layers; its "scale" scales adapter layers.
@@ -46,7 +50,7 @@ def bind(
 
     def call(x: Tensor, t: Tensor) -> Tensor:
         answer: Tensor = unet(
-            x,
+            x if beside is None else torch.cat([x, beside], dim=1),
             t,
             encoder_hidden_states=embeds,
             timestep_cond=timestep_cond,

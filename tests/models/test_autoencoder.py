@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from ldm_pipeline.models.autoencoder import decode, downscale, encode
+from ldm_pipeline.diffusion import Noise
+from ldm_pipeline.models.autoencoder import decode, downscale, encode, sample, tiled
 
 
 def test_encode_gives_the_gaussian_in_latent_units(components: dict[str, Any]) -> None:
@@ -22,6 +23,36 @@ def test_encode_gives_the_gaussian_in_latent_units(components: dict[str, Any]) -
     sampled = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(5))
     # The factor is multiplied in before or after the sum: a rounding of float32 apart.
     assert torch.allclose(mean + std * n, sampled * vae.config.scaling_factor, atol=1e-6)
+
+
+@pytest.mark.parametrize("singly", [False, True])
+def test_sample_deals_images_out_and_encodes_each_once(
+    components: dict[str, Any], monkeypatch: pytest.MonkeyPatch, singly: bool
+) -> None:
+    """Six rows of two images: the encoder runs on two at once, or on one at a time."""
+    vae, sizes = components["vae"], []
+    encoded = vae.encode
+
+    def watched(images: torch.Tensor) -> Any:
+        sizes.append(len(images))
+        return encoded(images)
+
+    monkeypatch.setattr(vae, "encode", watched)
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    z = sample(vae, images, 6, Noise.of(range(6)), singly=singly)
+    assert sizes == ([1, 1] if singly else [2])
+    mean, std = encode(vae, images)
+    n = Noise.of(range(6)).draw((4, 16, 16))
+    # The factor is multiplied in before or after the sum: a rounding of float32 apart.
+    assert torch.allclose(z, tiled(mean, 6) + tiled(std, 6) * n, atol=1e-6)
+
+
+def test_dealing_out_goes_round_and_keeps_the_layout() -> None:
+    rows = torch.arange(24.0).view(2, 3, 2, 2).contiguous(memory_format=torch.channels_last)
+    dealt = tiled(rows, 6)
+    assert torch.equal(dealt[:2], rows)
+    assert torch.equal(dealt[4:], rows)
+    assert dealt.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_decode_takes_latent_units(components: dict[str, Any]) -> None:

@@ -7,87 +7,26 @@ differ in a single bit.
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Callable
 from typing import Any
 
-import diffusers
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from diffusers.callbacks import SDCFGCutoffCallback
 
-from ldm_pipeline import LatentDiffusionPipeline
-
-SCHEDULERS: dict[str, dict[str, Any]] = {
-    "DDIMScheduler": {},
-    "DDPMScheduler": {},
-    "PNDMScheduler": {"skip_prk_steps": True},
-    "EulerDiscreteScheduler": {},
-    "EulerAncestralDiscreteScheduler": {},
-    "HeunDiscreteScheduler": {},
-    "DPMSolverMultistepScheduler": {},
-    "UniPCMultistepScheduler": {},
-    "LCMScheduler": {},
-    "KDPM2DiscreteScheduler": {},
-    "KDPM2AncestralDiscreteScheduler": {},
-    "DEISMultistepScheduler": {},
-    "DPMSolverSinglestepScheduler": {"lower_order_final": True},
-    "TCDScheduler": {},
-}
-
-PROMPTS = ["a red star", "two blue boats on the sea"]
-
-Pair = tuple[LatentDiffusionPipeline, StableDiffusionPipeline]
-
-
-def seeded(*seeds: int) -> list[torch.Generator]:
-    return [torch.Generator().manual_seed(seed) for seed in seeds]
-
-
-def scheduler_of(name: str, **settings: Any) -> Any:
-    """The stock scheduler `name` with Stable Diffusion's settings."""
-    config = {
-        "beta_start": 0.00085,
-        "beta_end": 0.012,
-        "beta_schedule": "scaled_linear",
-        "steps_offset": 1,
-        "clip_sample": False,
-    }
-    made_by = getattr(diffusers, name)
-    known = made_by().config
-    chosen = {key: value for key, value in config.items() if key in known}
-    return made_by(**chosen, **SCHEDULERS[name], **settings)
-
-
-def both(components: dict[str, Any], **changed: Any) -> Pair:
-    """Our pipeline and the stock one over the same components."""
-    parts = {**components, **changed}
-    # A stock pipeline runs its scheduler itself, which changes it.
-    copied = {**parts, "scheduler": copy.deepcopy(parts["scheduler"])}
-    pair = (
-        LatentDiffusionPipeline(**parts),
-        StableDiffusionPipeline(**copied, requires_safety_checker=False),
-    )
-    for pipe in pair:
-        pipe.set_progress_bar_config(disable=True)
-    return pair
-
-
-def assert_same(pair: Pair, **arguments: Any) -> torch.Tensor:
-    """Draw with both, each from a fresh copy of the randomness; return our latents."""
-    results = []
-    for pipe in pair:
-        torch.manual_seed(7)
-        fresh = {
-            key: value() if key in ("generator", "callback_on_step_end") else value
-            for key, value in arguments.items()
-        }
-        results.append(pipe(output_type="latent", **fresh).images)
-    assert torch.equal(*results), f"largest difference {(results[0] - results[1]).abs().max():.3g}"
-    assert results[0].isfinite().all()
-    return results[0]
+from tests.parity.pairs import (
+    PROMPTS,
+    SCHEDULERS,
+    assert_same,
+    both,
+    change_embeds,
+    change_guidance,
+    change_latents,
+    cut_guidance,
+    scheduler_of,
+    seeded,
+    stop_early,
+)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -217,43 +156,6 @@ def test_encode_prompt(components: dict[str, Any]) -> None:
 def test_custom_levels(components: dict[str, Any], levels: dict[str, Any]) -> None:
     pair = both(components, scheduler=scheduler_of("EulerDiscreteScheduler"))
     assert_same(pair, prompt="a red star", num_inference_steps=None, **levels)
-
-
-def change_latents() -> Callable[..., dict[str, Any]]:
-    def callback(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        return {"latents": tensors["latents"] * 0.9 + 0.01 * i + 1e-5 * float(t)}
-
-    return callback
-
-
-def change_embeds() -> Callable[..., dict[str, Any]]:
-    def callback(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        tensors["prompt_embeds"] = tensors["prompt_embeds"] * 0.5
-        tensors["negative_prompt_embeds"] = tensors["negative_prompt_embeds"] + 1
-        return tensors
-
-    return callback
-
-
-def change_guidance() -> Callable[..., dict[str, Any]]:
-    def callback(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        pipe._guidance_scale = pipe.guidance_scale + 2.0 + i / pipe.num_timesteps
-        return tensors
-
-    return callback
-
-
-def stop_early() -> Callable[..., dict[str, Any]]:
-    def callback(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        pipe._interrupt = i == 2
-        return tensors
-
-    return callback
-
-
-def cut_guidance() -> SDCFGCutoffCallback:
-    """Stock's own callback: no guidance, and half the batch, after two fifths of the run."""
-    return SDCFGCutoffCallback(cutoff_step_ratio=0.4)
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "HeunDiscreteScheduler", "PNDMScheduler"])
