@@ -194,7 +194,7 @@ class Recipe:
         loras += [f"{_name(self.lcm)}:1"] if self.lcm else []
         values = {
             "Steps": str(self.steps),
-            "Sampler": "LCM" if self.lcm is not None else own or "model default",
+            "Sampler": own or ("model default" if self.lcm is None else "LCM"),
             "CFG scale": _shortest(self.guidance),
             "Seed": str(self.seed),
             "Size": f"{self.size[1]}x{self.size[0]}",

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 NATIVE_SAMPLERS = ("ddim", "ddpm", "euler", "euler_a", "heun", "dpmpp_2m", "lcm")
 #: Schedulers of diffusers, run through the adapter in `models/schedulers.py`.
 STOCK_SAMPLERS = ("pndm", "unipc", "deis", "kdpm2", "kdpm2_a", "dpmpp_2s", "dpmpp_2m_sde", "tcd")
+#: Those that consistency models draw with.
+FEW_STEP_SAMPLERS = ("lcm", "tcd")
 #: Every name that `sampler=` accepts.
 SAMPLER_NAMES = NATIVE_SAMPLERS + STOCK_SAMPLERS
 
@@ -106,7 +108,8 @@ class Request:
     seed                        a number (image i is drawn with seed + i) or a list, one per image
     generator                   a torch.Generator, or a list with one per image
     sampler                     one of `SAMPLER_NAMES`; None is the pipeline's own scheduler
-    eta                         0 to 1, the share of fresh noise, for samplers that know it
+    eta                         0 to 1, the share of fresh noise, for samplers that know it; TCD's
+                                gamma (2402.19159, alg. 4), 0.3 unless it is above 0
     clip_skip                   number of the text encoder's last layers to leave out
     output_type                 one of `OUTPUT_TYPES`
     lcm                         the file of an LCM adapter to draw with, in few steps; True is the
@@ -159,8 +162,11 @@ class Request:
             raise UserError(f"lcm={self.lcm!r} must be True, False or the path of an adapter")
         if not isinstance(self.weighted, bool):
             raise UserError(f"weighted={self.weighted!r} must be True or False")
-        if self.lcm and self.sampler not in (None, "lcm"):
-            raise UserError(f"sampler={self.sampler!r} does not go with lcm; leave it out")
+        if self.lcm and self.sampler not in (None, *FEW_STEP_SAMPLERS):
+            raise UserError(
+                f"sampler={self.sampler!r} does not go with lcm; leave it out, or choose one of"
+                f" {', '.join(FEW_STEP_SAMPLERS)}"
+            )
         choose("output_type", self.output_type, OUTPUT_TYPES)
         for name in self.callback_on_step_end_tensor_inputs:
             choose("callback_on_step_end_tensor_inputs", name, self.task.tensors)
@@ -201,7 +207,7 @@ class Request:
     @property
     def sampler_name(self) -> str | None:
         """The sampler to draw with, that of few steps where they are asked for."""
-        return "lcm" if self.lcm else self.sampler
+        return "lcm" if self.lcm and self.sampler is None else self.sampler
 
     @cached_property
     def prompts(self) -> list[str]:

@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> None:
     choose("--format", args.format, [ending.removeprefix(".") for ending in FORMATS])
     orders = read_orders(args)
     loras = read_loras(args.lora)
-    check_lcm(args.lcm)
+    check_lcm(args.lcm, args.model)
     source = find(args.model)
     check_writable(args.out, "--out")
 

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
             lcm=args.lcm,
         )
-    check_lcm(args.lcm)
+    check_lcm(args.lcm, args.model)
     check_place(args.device, args.dtype)
     if args.out is not None:
         check_folder(args.out)

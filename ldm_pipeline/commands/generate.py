@@ -24,8 +24,9 @@ from ldm_pipeline.commands.adapters import read_loras
 from ldm_pipeline.commands.outputs import check_picture
 from ldm_pipeline.commands.sources import BUNDLED, Source, find, open_pipeline
 from ldm_pipeline.errors import UserError, choose
-from ldm_pipeline.lora.notes import read_note
+from ldm_pipeline.lora.notes import NO_ADAPTER, read_note
 from ldm_pipeline.metadata import Recipe, installed_versions
+from ldm_pipeline.models.bundled import few_step_adapter
 from ldm_pipeline.models.prompt_syntax import parse
 from ldm_pipeline.picture_files import check_fits, save_picture
 from ldm_pipeline.request import LCM_GUIDANCE, LCM_STEPS, SAMPLER_NAMES, Request
@@ -155,7 +156,7 @@ def run(args: argparse.Namespace) -> None:
     pictures.check(args)
     check_drawing(args, prompts, seed)
     loras = read_loras(args.lora)
-    check_lcm(args.lcm)
+    check_lcm(args.lcm, args.model)
     given = pictures.read(args)
     jobs = plan(args, prompts, seed)
     source = find(args.model)
@@ -172,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
     check_fits(output, recipe if args.grid else longest)
     pipeline = open_adapted(source, device, dtype, loras)
     pipeline.set_progress_bar_config(disable=args.quiet or len(jobs) > 1 or not sys.stderr.isatty())
-    sampler = "lcm" if args.lcm else args.sampler or "own sampler"
+    sampler = args.sampler or ("lcm" if args.lcm else "own sampler")
     say(f"seed {seed}, {args.steps} steps, {sampler}, {device} {dtype}")
     began = time.perf_counter()
     drawn = draw(pipeline, jobs, args, given, say)
@@ -268,8 +269,10 @@ def settle_steps(args: argparse.Namespace) -> None:
         args.guidance = LCM_GUIDANCE if args.lcm else GUIDANCE
 
 
-def check_lcm(lcm: bool | str) -> None:
-    """Refuse what --lcm names where that is no LCM adapter."""
+def check_lcm(lcm: bool | str, model: str) -> None:
+    """Refuse what --lcm names where that is no LCM adapter, and --lcm alone where none is there."""
+    if lcm is True and model == BUNDLED and few_step_adapter() is None:
+        raise UserError(NO_ADAPTER)
     if isinstance(lcm, str):
         if not Path(lcm).exists():
             raise UserError(f"--lcm={lcm}: there is no such file; a prompt stands before --lcm")

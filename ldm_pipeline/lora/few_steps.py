@@ -19,15 +19,10 @@ from torch import nn
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.attach import Pipeline, put
 from ldm_pipeline.lora.files import inspect
-from ldm_pipeline.lora.notes import LcmNote, read_note
+from ldm_pipeline.lora.notes import NO_ADAPTER, LcmNote, read_note
+from ldm_pipeline.lora.published import fetched, lcm_lora
 from ldm_pipeline.models import bundled
 from ldm_pipeline.models.unet import adapters_at_rest
-
-NONE = (
-    "there is no few-step adapter for this model here; name the file of one after lcm"
-    " (train/train_lcm.py makes them; for Stable Diffusion 1.5 the hub has"
-    " latent-consistency/lcm-lora-sdv1-5)"
-)
 
 _making = threading.Lock()
 _made: WeakKeyDictionary[nn.Module, tuple[object, nn.Module]] = WeakKeyDictionary()
@@ -39,16 +34,20 @@ def few_step_unet(
 ) -> tuple[Any, LcmNote]:
     """The UNet to draw with in few steps, and how it was distilled.
 
-    `lcm` is the adapter's file, or True for the one that comes with the bundled model. It acts
-    beside the adapters that are active, with weight 1. A UNet that takes guidance as an input is a
-    full LCM: with True it is drawn with as it is. Raises `UserError` where there is no adapter, for
-    a file that cannot be read or does not fit, and under CPU offload.
+    `lcm` is the adapter's file; True is the one that comes with the bundled model or, for Stable
+    Diffusion 1.x and SDXL, the published LCM-LoRA, from the hub or its cache. It acts beside the
+    adapters that are active, with weight 1. A UNet that takes guidance as an input is a full LCM:
+    with True it is drawn with as it is. Raises `UserError` where there is no adapter, for a file
+    that cannot be read or does not fit, and under CPU offload.
     """
     if lcm is True and pipe.unet.config.time_cond_proj_dim is not None:
         return pipe.unet, LcmNote()
-    file = bundled.few_step_adapter() if lcm is True else lcm
+    file: str | os.PathLike[str] | None = lcm if lcm is not True else None
+    if lcm is True:
+        known = lcm_lora(pipe.unet.config)
+        file = bundled.few_step_adapter() if known is None else fetched(known)
     if file is None:
-        raise UserError(NONE)
+        raise UserError(NO_ADAPTER)
     note, header = read_note(file), inspect(file)
     unet = getattr(pipe.unet, "_orig_mod", pipe.unet)  # torch.compile's wrapper holds it
     if any(hasattr(module, "_hf_hook") for module in unet.modules()):
@@ -64,7 +63,7 @@ def few_step_unet(
         if made_of != key:
             made = _copy(unet)
             active = _active(made)
-            refusal = NONE if lcm is True else None
+            refusal = NO_ADAPTER if lcm is True else None
             (name,) = put(pipe, {"unet": made}, [header.path], refusal)
             for layer in _layers(made):
                 layer.enable_adapters(True)

@@ -17,6 +17,12 @@ from ldm_pipeline.lora.files import inspect
 
 KEY = "lcm"
 
+NO_ADAPTER = (
+    "there is no few-step adapter for this model here; name the file of one after lcm"
+    " (train/train_lcm.py makes them)"
+)
+"""Why True will not do."""
+
 
 @dataclass(frozen=True)
 class LcmNote:

@@ -36,7 +36,8 @@ def choose_sampler(
 
     `eta` is for those that know it: DDIM, and stock schedulers that accept one (called by name
     they keep their own default unless it is above 0). Custom `timesteps` or `sigmas`, descending,
-    replace the sampler's own grid. `consistency` is what "lcm" means, unless it is the default.
+    replace the sampler's own grid. `consistency` is what "lcm" means and the grid of "tcd", unless
+    these are the default.
     Raises `UserError` where a stock scheduler takes neither.
     """
     chosen_timesteps = tuple(timesteps) if timesteps is not None else None
@@ -50,7 +51,10 @@ def choose_sampler(
         return AtLevels(native, chosen_timesteps, chosen_sigmas)
     if name is None:
         return StockSampler(scheduler, chosen_timesteps, chosen_sigmas, eta)
-    named = stock_sampler(name, scheduler.config)
+    config = dict(scheduler.config)
+    if name == "tcd" and consistency is not None:
+        config["original_inference_steps"] = consistency.original_steps
+    named = stock_sampler(name, config)
     return StockSampler(named.scheduler, chosen_timesteps, chosen_sigmas, eta if eta > 0 else None)
 
 

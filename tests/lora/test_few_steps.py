@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import LCMScheduler, StableDiffusionPipeline
+from diffusers import LCMScheduler, StableDiffusionPipeline, TCDScheduler
+from huggingface_hub import constants
 
 from ldm_pipeline import LatentDiffusionPipeline
 from ldm_pipeline.errors import UserError
@@ -24,6 +25,7 @@ from ldm_pipeline.lora.inject import inject
 from ldm_pipeline.lora.notes import LcmNote, read_note
 from ldm_pipeline.lora.targets import LoraSettings
 from ldm_pipeline.models import bundled
+from tests.conftest import tiny_unet
 from tests.lora.conftest import BLOCKS
 from tests.lora.test_attach import same, snapshot
 
@@ -203,6 +205,57 @@ def test_the_bundled_adapter_is_found(
     with pytest.raises(UserError, match=r"few\.safetensors does not fit this model"):
         draw(wider, lcm=str(file))
     assert same(before, snapshot(pipe))
+
+
+@pytest.mark.parametrize("gamma", [0.3, 0.8])
+def test_tcd_draws_with_the_same_adapter(pipe: Any, tiny: Build, make: Any, gamma: float) -> None:
+    """As stock's TCDScheduler does on the adapter's own grid; its gamma changes the picture."""
+    note = LcmNote("some", 40)
+    file = make("few", note=note)
+    theirs = stock(tiny, file)
+    theirs.scheduler = TCDScheduler.from_config(
+        theirs.scheduler.config, original_inference_steps=note.original_steps
+    )
+    told: dict[str, Any] = {"num_inference_steps": 4, "guidance_scale": 1.0}
+    wanted = draw(theirs, eta=gamma, **told)
+    ours = draw(pipe, lcm=file, sampler="tcd", eta=gamma, **told)
+    # Float32 rounding divided by alpha, 0.07 at the first level, as for LCM.
+    assert (ours - wanted).abs().max() <= 1e-4
+    by_default = draw(pipe, lcm=file, sampler="tcd", **told)
+    assert torch.equal(ours, by_default) == (gamma == 0.3)
+    assert not torch.equal(ours, draw(pipe, lcm=file, **told))
+
+
+def test_the_published_adapter_is_taken_from_the_hubs_cache(
+    tiny: Build, make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a UNet that is told texts of 768 channels; where it is not, one line says which file."""
+    unet = tiny_unet(cross_attention_dim=768)
+    monkeypatch.setattr(unet.config, "cross_attention_dim", 768)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    pipe = LatentDiffusionPipeline(**{**tiny(), "unet": unet})
+    words: dict[str, Any] = {"prompt_embeds": torch.randn(1, 8, 768), "guidance_scale": 1.0}
+
+    def picture(lcm: Any) -> torch.Tensor:
+        pipe.set_progress_bar_config(disable=True)
+        return torch.from_numpy(pipe(lcm=lcm, seed=3, output_type="np", **words).images)
+
+    with pytest.raises(UserError, match="latent-consistency/lcm-lora-sdv1-5, which is not on this"):
+        picture(True)
+    adapter = inject(
+        {"unet": tiny_unet(cross_attention_dim=768)}, LoraSettings(BLOCKS, 4, 4), seed=0
+    )
+    with torch.no_grad():
+        for parameter in adapter.parameters.values():
+            parameter.add_(0.1)
+    repository = tmp_path / "hub" / "models--latent-consistency--lcm-lora-sdv1-5"
+    snapshot_folder = repository / "snapshots" / "abc"
+    snapshot_folder.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("abc")
+    file = save(snapshot_folder / "pytorch_lora_weights.safetensors", adapter.weights())
+    assert torch.equal(picture(True), picture(file))
 
 
 def test_mistakes_are_refused_before_anything_is_drawn(pipe: Any, make: Any) -> None:
