@@ -115,11 +115,11 @@ artwork and no text by other people took part.
     accelerate launch train/train_clip.py --config configs/clip_tiny.yaml
     accelerate launch train/train_unet.py --config configs/unet_tiny.yaml
 
-On two CPU cores, in several sittings that each went on from the weights before (`--begin_from`).
-The autoencoder saw 229,000 crops of 64 x 64 pixels, CLIP 115,000 pictures with three false captions
-each, the UNet 276,000 samples in batches of 32: 71,000 on latents of an earlier autoencoder, and
-205,000 on those of this one, the first 59,000 of which counted places with things four times, which
-made things grow into blots and is no longer done.
+On two CPU cores, in several sittings. The autoencoder saw 229,000 crops of 64 x 64 pixels, CLIP
+115,000 pictures with three false captions each; both went on from the weights of the sitting before
+(`--begin_from`). The UNet began anew beside a text encoder that an earlier UNet had tuned, and saw
+288,000 samples of 32,000 pictures in batches of 64. A linear head on its features named what is
+where while it learnt (`layout_weight`); it is left out here.
 
 ## Figures
 
