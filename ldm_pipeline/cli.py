@@ -18,7 +18,7 @@ from typing import NoReturn, cast
 from ldm_pipeline.commands import Command
 from ldm_pipeline.errors import UserError, nearest, suggestion
 
-COMMANDS = ("generate", "show", "info", "evaluate", "dataset")
+COMMANDS = ("generate", "show", "info", "convert", "evaluate", "dataset")
 
 
 class Parser(argparse.ArgumentParser):

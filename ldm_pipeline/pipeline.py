@@ -33,14 +33,16 @@ from torch import Tensor
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from ldm_pipeline.diffusion import loop
+from ldm_pipeline.diffusion.course import Course
 from ldm_pipeline.diffusion.denoiser import Denoiser, guided, make_denoiser
+from ldm_pipeline.diffusion.noise import Noise
 from ldm_pipeline.diffusion.prediction import PREDICTION_TYPES
 from ldm_pipeline.diffusion.samplers import Consistency
 from ldm_pipeline.diffusion.schedule import Schedule
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.images import to_output, to_pictures
 from ldm_pipeline.loading import FolderPipeline
-from ldm_pipeline.models import autoencoder, bundled, text
+from ldm_pipeline.models import autoencoder, text
 from ldm_pipeline.models.sampling import choose_sampler, settle
 from ldm_pipeline.models.unet import bind, guidance_embedding
 from ldm_pipeline.randomness import batch_noise
@@ -53,8 +55,10 @@ from ldm_pipeline.request import (
     Request,
     Text,
 )
-from ldm_pipeline.running import LiveValues, Run, under_way
+from ldm_pipeline.running import LiveValues, Run, halves, under_way
 from ldm_pipeline.tasks.generate import generate
+
+ENCODING = "encode a prompt (prompt_embeds and negative_prompt_embeds do without)"
 
 Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
 
@@ -190,14 +194,19 @@ class LatentDiffusionPipeline(
             guidance_interval=guidance_interval,
             lcm=lcm,
         )
-        self._check_components(request)
-        with under_way(self, self._begin(request)) as run:
-            z = self._draw(request, run, callback_on_step_end)
-            images, unsafe = self._finish(z, request)
-        self.maybe_free_model_hooks()
+        images, unsafe = self._answer(request, callback_on_step_end)
         if not return_dict:
             return images, unsafe
         return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=unsafe)
+
+    def _answer(self, request: Request, callback: Callback | None) -> tuple[Any, list[bool] | None]:
+        """What was asked for, drawn: the images, and which a checker blacked out."""
+        self._check_components(request)
+        with under_way(self, self._begin(request)) as run:
+            z = self._draw(request, run, callback)
+            images, unsafe = self._finish(z, request)
+        self.maybe_free_model_hooks()
+        return images, unsafe
 
     def _begin(self, request: Request) -> Run:
         """The values with which a run starts."""
@@ -229,11 +238,26 @@ class LatentDiffusionPipeline(
             consistency=distilled,
         )
         course = sampler.course(schedule, request.num_inference_steps or 1)
+        course = self._portion(course, request)
         run.num_timesteps = len(course.times) - 1
+        self._tell(request, run)
+        assert run.prompt_embeds is not None
+        noise = batch_noise(request.seeds or request.generator, request.image_count, device)
+        plan = self._plan(request, course, noise, like=run.prompt_embeds)
+        denoiser = self._denoiser(unet, run, schedule, plan.start)
+        with self.progress_bar(total=run.num_timesteps) as bar:
+            watch = self._watch(run, callback, request.callback_on_step_end_tensor_inputs, bar)
+            return loop.run(plan, denoiser, course.step, noise, watch)
 
+    def _portion(self, course: Course, request: Request) -> Course:
+        """The part of the course that this request runs: all of it."""
+        return course
+
+    def _tell(self, request: Request, run: Run) -> None:
+        """Put into `run` all that the UNet is told."""
         embeds, negative = self.encode_prompt(
             request.prompts or None,
-            device,
+            self._execution_device,
             request.num_images_per_prompt,
             run.guides,
             request.negative_prompts,
@@ -242,21 +266,15 @@ class LatentDiffusionPipeline(
             lora_scale=run.adapter_scale,
             clip_skip=run.clip_skip,
         )
-        run.prompt_embeds = embeds
-        if run.guides:
-            assert negative is not None
-            run.prompt_embeds = torch.cat([negative, embeds])
+        run.prompt_embeds = halves(negative, embeds) if run.guides else embeds
         run.negative_prompt_embeds = negative
 
-        noise = batch_noise(request.seeds or request.generator, request.image_count, device)
-        start = request.latents
-        if start is None:
-            start = noise.draw(self._latent_shape(request), embeds.dtype, device)
-        plan = generate(start.to(device), course)
-        denoiser = self._denoiser(unet, run, schedule, plan.start)
-        with self.progress_bar(total=run.num_timesteps) as bar:
-            watch = self._watch(run, callback, request.callback_on_step_end_tensor_inputs, bar)
-            return loop.run(plan, denoiser, course.step, noise, watch)
+    def _plan(self, request: Request, course: Course, noise: Noise, like: Tensor) -> loop.Plan:
+        """Where the run starts and which levels it visits, in the dtype of `like`."""
+        n = request.latents
+        if n is None:
+            n = noise.draw(self._latent_shape(request), like.dtype, like.device)
+        return generate(n.to(like.device), course)
 
     def _denoiser(
         self, unet: UNet2DConditionModel, run: Run, schedule: Schedule, like: Tensor
@@ -268,11 +286,13 @@ class LatentDiffusionPipeline(
             strength = guidance_embedding(w, self.unet.config.time_cond_proj_dim).to(like)
 
         def network(x: Tensor, t: Tensor) -> Tensor:
+            rows = x.shape[0]
             bound = bind(
                 unet,
-                run.embeds_for(x.shape[0]),
+                run.embeds_for(rows),
                 timestep_cond=strength,
                 cross_attention_kwargs=run.cross_attention_kwargs,
+                added_cond_kwargs=run.added(rows),
             )
             return bound(x, t)
 
@@ -286,19 +306,12 @@ class LatentDiffusionPipeline(
 
         def watch(i: int, t: float, s: float, x: Tensor) -> Tensor | loop.Stop:
             if callback is not None:
-                tensors = {
-                    "latents": x,
-                    "prompt_embeds": run.prompt_embeds,
-                    "negative_prompt_embeds": run.negative_prompt_embeds,
-                }
                 timestep = torch.tensor(int(t) if t.is_integer() else t)
-                passed = {name: tensors[name] for name in names}
+                passed = {n: x if n == "latents" else getattr(run, n) for n in names}
                 changed = callback(self, i, timestep, passed) or {}
                 x = changed.get("latents", x)
-                run.prompt_embeds = changed.get("prompt_embeds", run.prompt_embeds)
-                run.negative_prompt_embeds = changed.get(
-                    "negative_prompt_embeds", run.negative_prompt_embeds
-                )
+                for name in self._callback_tensor_inputs[1:]:
+                    setattr(run, name, changed.get(name, getattr(run, name)))
             run.steps_done = i + 1
             bar.update()
             return loop.Stop(x) if run.interrupt else x
@@ -386,15 +399,10 @@ class LatentDiffusionPipeline(
         needed = {"unet": "draw", "scheduler": "draw"}
         if request.output_type != "latent":
             needed["vae"] = "decode latents (output_type='latent' skips that)"
-        unguided = request.guidance_scale <= 1 or request.negative_prompt_embeds is not None
-        if request.prompt_embeds is None or not unguided:
-            needed["text_encoder"] = "encode a prompt (prompt_embeds and negative_prompt_embeds"
-            needed["text_encoder"] += " do without)"
         for name, purpose in needed.items():
             if getattr(self, name) is None:
                 raise UserError(f"this pipeline has no {name} to {purpose}")
-        if request.prompt_embeds is None:
-            text.check_clip_skip(self.text_encoder, request.clip_skip)
+        self._check_words(request)
         choose("prediction_type", self._prediction_type, PREDICTION_TYPES)
         shape = self._latent_shape(request)
         if request.latents is not None and tuple(request.latents.shape[1:]) != shape:
@@ -402,6 +410,14 @@ class LatentDiffusionPipeline(
                 f"latents has shape {tuple(request.latents.shape)}; it must be"
                 f" {(request.image_count, *shape)} for this model and size"
             )
+
+    def _check_words(self, request: Request) -> None:
+        """Raise `UserError` where words must be encoded and cannot be."""
+        unguided = request.guidance_scale <= 1 or request.negative_prompt_embeds is not None
+        if self.text_encoder is None and (request.prompt_embeds is None or not unguided):
+            raise UserError(f"this pipeline has no text_encoder to {ENCODING}")
+        if request.prompt_embeds is None:
+            text.check_clip_skip(self.text_encoder, request.clip_skip)
 
     @property
     def _steerable(self) -> bool:
@@ -426,15 +442,3 @@ class LatentDiffusionPipeline(
             high if request.height is None else request.height // factor,
             wide if request.width is None else request.width // factor,
         )
-
-
-def load(
-    source: str | os.PathLike[str] = "bundled", *, torch_dtype: torch.dtype = torch.float32
-) -> LatentDiffusionPipeline:
-    """The pipeline that `source` holds: "bundled", a folder in Diffusers layout, or a hub id.
-
-    Raises `UserError` where it cannot be loaded, and for models that are not shaped like Stable
-    Diffusion 1.x or 2.x.
-    """
-    place = bundled.folder() if source == "bundled" else source
-    return LatentDiffusionPipeline.from_pretrained(place, dtype=torch_dtype)

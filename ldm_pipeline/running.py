@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import Tensor
 
 from ldm_pipeline.diffusion.denoiser import Guidance
@@ -27,7 +28,8 @@ class Run:
     """The values of one run that may change while it runs; equal to itself alone.
 
     `prompt_embeds` is [B, L, C], or [2B, L, C] with the negative half first where the run began
-    with guidance. `steerable` is False for UNets that take guidance as an input (guided LCM).
+    with guidance; so are `add_text_embeds` [., D] and `add_time_ids` [., 6], which SDXL is told
+    besides. `steerable` is False for UNets that take guidance as an input (guided LCM).
     """
 
     guidance_scale: float = 7.5
@@ -41,6 +43,10 @@ class Run:
     steps_done: int = 0
     prompt_embeds: Tensor | None = None
     negative_prompt_embeds: Tensor | None = None
+    add_text_embeds: Tensor | None = None
+    add_time_ids: Tensor | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
 
     @property
     def guides(self) -> bool:
@@ -65,10 +71,22 @@ class Run:
             )
         return self.prompt_embeds[-rows:]
 
+    def added(self, rows: int) -> dict[str, Tensor] | None:
+        """What SDXL is told besides, for a batch of `rows`, under the UNet's names."""
+        if self.add_text_embeds is None or self.add_time_ids is None:
+            return None
+        return {"text_embeds": self.add_text_embeds[-rows:], "time_ids": self.add_time_ids[-rows:]}
+
     @property
     def adapter_scale(self) -> float | None:
         """The factor on adapter layers that the caller asked for, or None."""
         return (self.cross_attention_kwargs or {}).get("scale")
+
+
+def halves(negative: Tensor | None, prompted: Tensor) -> Tensor:
+    """Both halves of a guided batch in one tensor [2B, …], the negative one first."""
+    assert negative is not None
+    return torch.cat([negative, prompted])
 
 
 _this_thread = threading.local()
@@ -147,6 +165,16 @@ class LiveValues:
     def clip_skip(self) -> int | None:
         """How many of the text encoder's last layers were left out."""
         return run_of(self).clip_skip
+
+    @property
+    def denoising_start(self) -> float | None:
+        """The fraction of the noise levels that was run before, by another model (SDXL)."""
+        return run_of(self).denoising_start
+
+    @property
+    def denoising_end(self) -> float | None:
+        """The fraction of the noise levels after which the run ends (SDXL)."""
+        return run_of(self).denoising_end
 
     @property
     def cross_attention_kwargs(self) -> Mapping[str, Any] | None:

@@ -133,7 +133,13 @@ class StockSampler:
             started: Tensor = own.add_noise(z, noise, level.repeat(z.shape[0]))
             return started
 
-        return Course(times, step, first, noisy)
+        def skip(k: int) -> None:
+            for _ in range(k):
+                next(place)
+            if hasattr(own, "set_begin_index"):
+                own.set_begin_index(begin + k)
+
+        return Course(times, step, first, noisy, skip, getattr(own, "order", 1))
 
     def _set(self, own: Any, n: int) -> int:
         """Set the copy's timesteps; how many steps they make."""

@@ -20,7 +20,12 @@ from contextlib import contextmanager
 import torch
 from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
 from torch import Tensor
-from transformers import BatchEncoding, CLIPTextModel, CLIPTokenizer
+from transformers import (
+    BatchEncoding,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+)
 
 from ldm_pipeline.errors import UserError
 
@@ -94,6 +99,26 @@ def encode(
     # transformers moved the norm from `text_model` to the model itself in its fifth version.
     body = getattr(text_encoder, "text_model", text_encoder)
     return body.final_layer_norm(states[-(clip_skip + 1)])
+
+
+def asking_inner(
+    text_encoder: CLIPTextModel | CLIPTextModelWithProjection,
+    device: torch.device | str | None = None,
+    clip_skip: int | None = None,
+) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]]:
+    """Token ids and attention mask [n, L] to what SDXL takes of one of its encoders.
+
+    These are the last but one hidden states [n, L, C], or those of `clip_skip` layers earlier,
+    without the final norm; and the pooled and projected answer [n, D] of an encoder that has a
+    projection, else None. SDXL tells no encoder which tokens are padding.
+    """
+    device = device if device is not None else text_encoder.device
+
+    def ask(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        said = text_encoder(ids.to(device), output_hidden_states=True)
+        return said.hidden_states[-(2 + (clip_skip or 0))], getattr(said, "text_embeds", None)
+
+    return ask
 
 
 def reads_mask(text_encoder: CLIPTextModel) -> bool:
