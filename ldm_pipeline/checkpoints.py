@@ -42,7 +42,6 @@ def load(
     vocabulary, where the file and this machine do not tell. Raises `UserError`, one line, for what
     cannot be opened, or not safely.
     """
-    asked = {"prediction_type": prediction_type, "tokenizer": tokenizer}
     place = bundled.folder() if source == "bundled" else Path(source).expanduser()
     if dtype is not None and torch_dtype is not None:
         raise UserError("dtype and torch_dtype were both passed; pass only dtype")
@@ -50,11 +49,12 @@ def load(
         for name, value in {"variant": variant, "revision": revision}.items():
             if value is not None:
                 raise UserError(f"{name} is for folders and hub ids, and {source} is a file")
-        checkpoint = single_file(place, **asked)
+        checkpoint = single_file(place, prediction_type=prediction_type, tokenizer=tokenizer)
         cls = _class(checkpoint.family is SDXL)
         return cls.from_checkpoint(checkpoint, dtype or torch_dtype or torch.float32)
-    for name, value in asked.items():
-        if value is not None:
+    asked = {"prediction_type": prediction_type, "tokenizer": tokenizer}
+    for name, given in asked.items():
+        if given is not None:
             raise UserError(f"{name} is for single files; {source} tells it by itself")
     hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
     hub["local_files_only"] = local_files_only

@@ -26,6 +26,8 @@ from packaging import version
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import bundled, folders
 from ldm_pipeline.models.original.checkpoint import Checkpoint, open_checkpoint
+from ldm_pipeline.models.schedulers import scheduler_class
+from ldm_pipeline.models.trust import components
 
 FROM_FOLDER: Any = object()
 """Stands for "load this component from the folder", since None means "leave it out"."""
@@ -105,6 +107,9 @@ class FolderPipeline(DiffusionPipeline):
                 hub |= {"local_files_only": local_files_only, "variant": variant}
                 folder = _fetched(cls, str(source), **hub, **given)
             folders.check(folder, own, given)
+            scheduler = components(folders.index(folder)).get("scheduler")
+            if scheduler is not None and "scheduler" not in given:
+                scheduler_class(scheduler[1], folder)
             pipeline: Self = super().from_pretrained(
                 str(folder),
                 **dtype_argument(dtype or torch_dtype or torch.float32),
@@ -131,36 +136,36 @@ class FolderPipeline(DiffusionPipeline):
         torch_dtype: torch.dtype | None = None,
         prediction_type: str | None = None,
         tokenizer_folder: str | os.PathLike[str] | None = None,
-        **components: Any,
+        **parts: Any,
     ) -> Self:
         """The pipeline in one `.safetensors` file in the original layout, without any network.
 
-        `components` are used instead of the file's, by their names. `tokenizer_folder` has CLIP's
-        vocabulary, where neither the file nor this machine has it. Raises `UserError` for files of
-        another kind or family, and where a part is missing.
+        `parts` are used instead of the file's, by their components' names. `tokenizer_folder` has
+        CLIP's vocabulary, where neither the file nor this machine has it. Raises `UserError` for
+        files of another kind or family, and where a part is missing.
         """
         own = cls._get_signature_types()
-        for name in sorted(components.keys() - own.keys()):
+        for name in sorted(parts.keys() - own.keys()):
             raise UserError(f"{cls.__name__} has no {name}; leave it out")
         file = Path(pretrained_model_link_or_path).expanduser()
         if not file.is_file():
             raise UserError(f"there is no file {file}; a hub id is opened with from_pretrained")
         checkpoint = single_file(
-            file, prediction_type=prediction_type, tokenizer=tokenizer_folder, given=components
+            file, prediction_type=prediction_type, tokenizer=tokenizer_folder, given=parts
         )
-        return cls.from_checkpoint(checkpoint, dtype or torch_dtype or torch.float32, components)
+        return cls.from_checkpoint(checkpoint, dtype or torch_dtype or torch.float32, parts)
 
     @classmethod
     def from_checkpoint(
         cls,
         checkpoint: Checkpoint,
         dtype: torch.dtype,
-        components: Mapping[str, Any] | None = None,
+        parts: Mapping[str, Any] | None = None,
     ) -> Self:
-        """The pipeline of an opened single file, in `dtype`; `components` are not taken from it."""
-        from ldm_pipeline.models.original.build import components as built
+        """The pipeline of an opened single file, in `dtype`; `parts` are not taken from it."""
+        from ldm_pipeline.models.original import build
 
-        given = dict(components or {})
+        given = dict(parts or {})
         if checkpoint.family.pipeline != cls._saved_class_name:
             raise UserError(
                 f"{checkpoint.file} holds {checkpoint.family.name}, which {cls.__name__} cannot"
@@ -172,7 +177,7 @@ class FolderPipeline(DiffusionPipeline):
             for name in ("force_zeros_for_empty_prompt", "requires_safety_checker")
             if name in told and name in cls._get_signature_types()
         }
-        pipeline = cls(**{**built(checkpoint, dtype, given), **settings, **given})
+        pipeline = cls(**{**build.components(checkpoint, dtype, given), **settings, **given})
         pipeline.register_to_config(_name_or_path=str(checkpoint.file))
         return pipeline
 

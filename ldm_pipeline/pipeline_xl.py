@@ -32,21 +32,21 @@ from ldm_pipeline.diffusion.loop import Plan
 from ldm_pipeline.diffusion.noise import Noise
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.images import to_output
-from ldm_pipeline.models import autoencoder, text
+from ldm_pipeline.models import autoencoder
 from ldm_pipeline.models.conditioning import time_ids
-from ldm_pipeline.pipeline import ENCODING, Callback, LatentDiffusionPipeline
+from ldm_pipeline.pipeline import Callback, LatentDiffusionPipeline
 from ldm_pipeline.request import LCM_GUIDANCE, LCM_STEPS, STEPS, Request, Text
 from ldm_pipeline.request_xl import XL_CALLBACK_TENSORS, XL_GUIDANCE, Pair, RequestXL
 from ldm_pipeline.running import Run, halves
+from ldm_pipeline.two_texts import TwoTexts
 
 logger = logging.getLogger(__name__)
 
-Told = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
-"""(embeds, negative embeds, pooled, negative pooled), as a stock SDXL pipeline returns them."""
 
-
-class LatentDiffusionXLPipeline(StableDiffusionXLLoraLoaderMixin, LatentDiffusionPipeline):
-    """Text to image with SDXL: its base, or a fine-tuned model of the same shape.
+class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes with other arguments
+    TwoTexts, StableDiffusionXLLoraLoaderMixin, LatentDiffusionPipeline
+):
+    """Text to image with SDXL: its base, a fine-tuned model of the same shape, or its refiner.
 
     Any component may be None where it is not needed. One pipeline serves any number of threads.
     """
@@ -92,6 +92,9 @@ class LatentDiffusionXLPipeline(StableDiffusionXLLoraLoaderMixin, LatentDiffusio
             feature_extractor=feature_extractor,
         )
         self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
+        if self._refines:  # stock asks the config, and has another class for it
+            self.register_to_config(requires_aesthetics_score=True)
+            self._saved_class_name = "StableDiffusionXLImg2ImgPipeline"
         self.vae_scale_factor = autoencoder.downscale(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.watermark: Any = None
@@ -141,18 +144,21 @@ class LatentDiffusionXLPipeline(StableDiffusionXLLoraLoaderMixin, LatentDiffusio
         callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
         denoising_start: float | None = None,
+        aesthetic_score: float = 6.0,
+        negative_aesthetic_score: float = 2.5,
         sampler: str | None = None,
         seed: int | Sequence[int] | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         lcm: bool | str | os.PathLike[str] = False,
     ) -> Any:
         """Draw pictures. Arguments and defaults are those of a stock SDXL pipeline, and draw the
-        same pictures: 50 steps of guidance 5. `RequestXL` documents each; the last five are ours,
-        and the last four as in `LatentDiffusionPipeline`:
+        same pictures: 50 steps of guidance 5. `RequestXL` documents each; the last four are ours,
+        as in `LatentDiffusionPipeline`. Stock has these for pictures alone:
 
         denoising_start     go on from `latents` that a run with `denoising_end` left; both runs
                             together are the whole one, where a step asks the network once and
                             needs no history
+        aesthetic_score     with its negative one, what refiners are told
 
         In one point this differs from stock: `negative_original_size` and its like go to the
         negative half of every image; stock mixes the halves up where there are several.
@@ -176,6 +182,8 @@ class LatentDiffusionXLPipeline(StableDiffusionXLLoraLoaderMixin, LatentDiffusio
             sigmas=sigmas,
             denoising_start=denoising_start,
             denoising_end=denoising_end,
+            aesthetic_score=aesthetic_score,
+            negative_aesthetic_score=negative_aesthetic_score,
             guidance_scale=guidance_scale,
             negative_prompt=negative_prompt,
             negative_prompt_2=negative_prompt_2,
@@ -284,7 +292,7 @@ class LatentDiffusionXLPipeline(StableDiffusionXLLoraLoaderMixin, LatentDiffusio
             run.add_time_ids = halves(negative_ids, ids)
 
     def _time_ids(self, request: RequestXL) -> tuple[Tensor, Tensor]:
-        """What is told of the picture, [6], to the prompted half and to the negative one.
+        """What is told of the picture, [6 or 5], to the prompted half and to the negative one.
 
         Nothing said means a picture that was of the request's size and never cut.
         """
@@ -294,140 +302,36 @@ class LatentDiffusionXLPipeline(StableDiffusionXLLoraLoaderMixin, LatentDiffusio
             request.width or wide * self.vae_scale_factor,
         )
         original, target = request.original_size or size, request.target_size or size
-        ids = time_ids(original, request.crops_coords_top_left, target)
-        against = request.negative_original_size, request.negative_target_size
-        if against[0] is None or against[1] is None:
+        corner, against = request.crops_coords_top_left, request.negative_original_size
+        negative_corner = request.negative_crops_coords_top_left
+        if self._refines:
+            return (
+                time_ids(original, corner, (request.aesthetic_score,)),
+                time_ids(against or original, negative_corner, (request.negative_aesthetic_score,)),
+            )
+        ids = time_ids(original, corner, target)
+        if against is None or request.negative_target_size is None:
             return ids, ids
-        return ids, time_ids(against[0], request.negative_crops_coords_top_left, against[1])
-
-    def encode_prompt(  # type: ignore[override]  # the order of the arguments is stock SDXL's
-        self,
-        prompt: Text | None,
-        prompt_2: Text | None = None,
-        device: torch.device | str | None = None,
-        num_images_per_prompt: int = 1,
-        do_classifier_free_guidance: bool = True,
-        negative_prompt: Text | None = None,
-        negative_prompt_2: Text | None = None,
-        prompt_embeds: Tensor | None = None,
-        negative_prompt_embeds: Tensor | None = None,
-        pooled_prompt_embeds: Tensor | None = None,
-        negative_pooled_prompt_embeds: Tensor | None = None,
-        lora_scale: float | None = None,
-        clip_skip: int | None = None,
-    ) -> Told:
-        """(embeds, negative, pooled, negative pooled) of the prompts; negative ones with guidance.
-
-        Without a negative prompt they are zeros where the model's `force_zeros_for_empty_prompt`
-        says so, as its training did, else the empty text. `clip_skip` concerns the prompts alone.
-        Raises `UserError` where words must be encoded and there is no text encoder.
-        """
-        device = device or self._execution_device
-        with (
-            text.adapter_scale(self.text_encoder, lora_scale),
-            text.adapter_scale(self.text_encoder_2, lora_scale),
-        ):
-            if prompt_embeds is None:
-                prompts = _listed(prompt)
-                prompt_embeds, pooled_prompt_embeds = self._encode(
-                    prompts, _listed(prompt_2) or prompts, device, clip_skip
-                )
-            if do_classifier_free_guidance and negative_prompt_embeds is None:
-                if negative_prompt is None and self.config.force_zeros_for_empty_prompt:
-                    negative_prompt_embeds = torch.zeros_like(prompt_embeds)
-                    negative_pooled_prompt_embeds = torch.zeros_like(pooled_prompt_embeds)
-                else:
-                    count, length = prompt_embeds.shape[:2]
-                    first = _each(negative_prompt or "", count)
-                    second = _each(negative_prompt_2, count) if negative_prompt_2 else first
-                    negative_prompt_embeds, negative_pooled_prompt_embeds = self._encode(
-                        first, second, device, length=length
-                    )
-        owner = self.text_encoder_2 if self.text_encoder_2 is not None else self.unet
-        dtype = owner.dtype if owner is not None else prompt_embeds.dtype
-
-        def dealt(embeds: Tensor | None, to: torch.dtype | None = dtype) -> Tensor | None:
-            """One row for each image, instead of each prompt."""
-            if embeds is None:
-                return None
-            return embeds.to(device, to).repeat_interleave(num_images_per_prompt, dim=0)
-
-        told, pooled = dealt(prompt_embeds), dealt(pooled_prompt_embeds, None)
-        assert told is not None
-        assert pooled is not None
-        if not do_classifier_free_guidance:
-            return told, negative_prompt_embeds, pooled, negative_pooled_prompt_embeds
-        against = dealt(negative_prompt_embeds), dealt(negative_pooled_prompt_embeds, None)
-        return told, against[0], pooled, against[1]
-
-    def _encode(
-        self,
-        texts: list[str],
-        texts_2: list[str],
-        device: torch.device | str,
-        clip_skip: int | None = None,
-        length: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """What both encoders say, side by side, and the pooled answer of the second.
-
-        SDXL's refiner has the second alone.
-        """
-        both = [(self.tokenizer_2, self.text_encoder_2, texts_2)]
-        if self.text_encoder is not None:
-            both.insert(0, (self.tokenizer, self.text_encoder, texts))
-        embeds, pooled = [], None
-        for tokenizer, encoder, words in both:
-            if tokenizer is None or encoder is None:
-                raise UserError(
-                    "this pipeline lacks a tokenizer or text encoder; pass prompt_embeds and"
-                    " pooled_prompt_embeds instead of prompt"
-                )
-
-            def convert(given: list[str], tokenizer: Any = tokenizer) -> list[str]:
-                return self.maybe_convert_prompt(given, tokenizer)
-
-            _check_skip(encoder, clip_skip)
-            tokens = text.tokenise(tokenizer, words, length=length, convert=convert)
-            ask = text.asking_inner(encoder, device, clip_skip)
-            said, answer = ask(tokens.input_ids, tokens.attention_mask)
-            embeds.append(said)
-            pooled = answer if answer is not None else pooled
-        if pooled is None:
-            raise UserError("text_encoder_2 has no projection; it must be one as SDXL has it")
-        return torch.cat(embeds, dim=-1), pooled
+        return ids, time_ids(against, negative_corner, request.negative_target_size)
 
     # What fits this model ---------------------------------------------------------------------
+
+    @property
+    def _refines(self) -> bool:
+        """Whether this is a refiner: its UNet has room for five numbers beside the pooled answer.
+
+        Told by the UNet and the second encoder, so that neither can be combined wrongly.
+        """
+        if self.unet is None or self.text_encoder_2 is None:
+            return False
+        room = self.unet.config.projection_class_embeddings_input_dim
+        each = self.unet.config.addition_time_embed_dim
+        if room is None or each is None:
+            return False
+        return bool(room - self.text_encoder_2.config.projection_dim == 5 * each)
 
     def _check_components(self, request: Request) -> None:
         """Raise `UserError` for what this pipeline's components cannot draw."""
         super()._check_components(request)
         if self.unet.config.addition_embed_type != "text_time":
             raise UserError("this UNet is not SDXL's; open the model with ldm_pipeline.load")
-
-    def _check_words(self, request: Request) -> None:
-        """Raise `UserError` where words must be encoded and cannot be."""
-        unguided = request.guidance_scale <= 1 or request.negative_prompt_embeds is not None
-        silent = request.negative_prompt is None and self.config.force_zeros_for_empty_prompt
-        if request.prompt_embeds is None or not (unguided or silent):
-            for name in ("text_encoder_2", "tokenizer_2"):
-                if getattr(self, name) is None:
-                    raise UserError(f"this pipeline has no {name} to {ENCODING}")
-
-
-def _listed(texts: Text | None) -> list[str]:
-    return [texts] if isinstance(texts, str) else list(texts or [])
-
-
-def _each(texts: Text, count: int) -> list[str]:
-    """`texts` as one text for each of `count` prompts."""
-    listed = [texts] * count if isinstance(texts, str) else list(texts)
-    if len(listed) != count:
-        raise UserError(f"negative_prompt has {len(listed)} texts for {count} prompts")
-    return listed
-
-
-def _check_skip(encoder: Any, clip_skip: int | None) -> None:
-    """SDXL leaves the last layer out by itself: one less is there to be skipped."""
-    most = encoder.config.num_hidden_layers - 1
-    if clip_skip is not None and clip_skip > most:
-        raise UserError(f"clip_skip={clip_skip} is more than the {most} layers it can leave out")

@@ -35,6 +35,7 @@ class RequestXL(Request):
     negative_original_size, …       the same for the negative half, where both sizes are given
     denoising_end                   in (0, 1): end the run at this fraction of the noise levels
     denoising_start                 in (0, 1): go on there, from `latents` of a run that ended so
+    aesthetic_score, …              told to refiners in place of the target size
     """
 
     prompt_2: Text | None = None
@@ -49,6 +50,8 @@ class RequestXL(Request):
     negative_target_size: Pair | None = None
     denoising_end: float | None = None
     denoising_start: float | None = None
+    aesthetic_score: float = 6.0
+    negative_aesthetic_score: float = 2.5
 
     callback_tensors: ClassVar[tuple[str, ...]] = XL_CALLBACK_TENSORS
 
@@ -132,6 +135,8 @@ class RequestXL(Request):
             value = getattr(self, name)
             if value is not None and not 0 < as_number(name, value, 0.0, 1.0) < 1:
                 raise UserError(f"{name}={value!r} must lie between 0 and 1; None is the whole run")
+        for name in ("aesthetic_score", "negative_aesthetic_score"):
+            as_number(name, getattr(self, name), 0.0, 10.0)
         start, end = self.denoising_start, self.denoising_end
         if start is not None and end is not None and start >= end:
             raise UserError(f"denoising_start={start!r} must lie below denoising_end={end!r}")

@@ -22,7 +22,7 @@ SCRIPTS = sorted((ROOT / "train").glob("*.py"))
 SHARED = {"", "errors", "grid", "images", "request", "request_xl"}
 """What any layer but the core may use: values, errors, pictures."""
 
-FRONT = {"pipeline", "pipeline_xl", "checkpoints", "loading", "running", "randomness"}
+FRONT = {"pipeline", "pipeline_xl", "two_texts", "checkpoints", "loading", "running", "randomness"}
 """The files that together are the pipeline."""
 
 ALLOWED = {

@@ -214,7 +214,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "scheduler that is none": (
         edit("model_index.json", scheduler=["diffusers", "NoSuchScheduler"]),
-        "cannot be loaded",
+        "this version of diffusers has not",
     ),
     "entry of three": (edit("model_index.json", unet=[*UNET, "evil"]), "as its unet"),
     "entry of numbers": (edit("model_index.json", unet=[1, 2]), "as its unet"),
@@ -224,6 +224,10 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     ),
     "code in a component": (put("unet/diffusers.py", EVIL), "brings code of its own"),
     "library in a component": (put("vae/evil.so", b"\x7fELF"), "brings code of its own"),
+    "kernel of the hub": (
+        edit("text_encoder/config.json", attn_implementation="evil/kernel"),
+        "names a kernel to fetch",
+    ),
     "quantising library": (
         edit("text_encoder/config.json", quantization_config={"quant_method": "evil"}),
         "quantization_config",
@@ -246,6 +250,19 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "shard above the folder": (shards("../../secret.safetensors"), "names the shard"),
     "shard at the root": (shards("/etc/passwd"), "names the shard"),
     "shard in Windows' spelling": (shards("..\\secret.safetensors"), "names the shard"),
+    "shard of a variant": (
+        both(
+            shards("a.safetensors"),
+            lambda folder: (folder / "unet" / f"{WEIGHTS}.index.json").rename(
+                folder / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json"
+            ),
+            edit(
+                "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+                weight_map={"a": "../../secret.safetensors"},
+            ),
+        ),
+        "names the shard",
+    ),
     "shard that is a pickle": (shards("a.bin"), "names the shard"),
     "shard that is missing": (shards("b.safetensors"), "is not there"),
     "weights by a link": (link(f"unet/{WEIGHTS}", "../../secret.safetensors"), "a link that leads"),
@@ -366,10 +383,10 @@ def test_the_watch_sees_what_it_should(model: Path, tmp_path: Path) -> None:
 def test_other_kinds_of_files_are_refused(tmp_path: Path, capsys: Any) -> None:
     """By their names, in Python and in the command."""
     torch.save({"a": 1}, tmp_path / "model.ckpt")
-    with pytest.raises(UserError, match=r"no \.safetensors file; other files can run any program"):
+    with pytest.raises(UserError, match=r"but no \.safetensors; other kinds can run any program"):
         ldm_pipeline.load(tmp_path / "model.ckpt")
     assert main(["generate", "a star", "--model", str(tmp_path / "model.ckpt")]) == 2
-    assert "pickle under this name" in capsys.readouterr().err
+    assert "other kinds can run any program" in capsys.readouterr().err
 
 
 def test_the_cache_of_the_hub_may_link_to_its_blobs(model: Path, tmp_path: Path) -> None:

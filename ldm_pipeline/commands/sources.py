@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import bundled, folders
 from ldm_pipeline.models.headers import read_header
+from ldm_pipeline.models.original.checkpoint import check_name
 from ldm_pipeline.models.original.families import family_of
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ def find(name: str) -> Source:
         folders.index(folder)
         return Source(name, folder)
     if folder.is_file():
+        check_name(folder)
         family_of(folder, read_header(folder).shapes)
         return Source(name, None, folder)
     if not HUB_ID.fullmatch(name) or folder.parent.is_dir():

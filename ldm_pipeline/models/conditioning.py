@@ -195,9 +195,10 @@ class TwoEncoders:
         }
 
 
-def time_ids(original: Size, corner: Size, target: Size) -> Tensor:
-    """SDXL's six numbers [6] of a picture: how high and wide it was, the top and left of what was
-    cut out, how high and wide that is (2307.01952, section 2.2). Here heights come first."""
+def time_ids(original: Size, corner: Size, target: Size | tuple[float]) -> Tensor:
+    """SDXL's numbers [6] of a picture: how high and wide it was, the top and left of what was cut
+    out, how high and wide that is (2307.01952, section 2.2). Here heights come first. Its refiner
+    is told how beautiful the picture is in place of the last two."""
     return torch.tensor([*original, *corner, *target], dtype=torch.float32)
 
 

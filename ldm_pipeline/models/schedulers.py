@@ -65,6 +65,19 @@ def stock_sampler(name: str, config: Mapping[str, Any], eta: float | None = None
     return StockSampler(scheduler, eta=eta)
 
 
+def scheduler_class(name: object, place: object) -> Any:
+    """The scheduler of diffusers called `name`, which `place` asks for; `UserError` for no such."""
+    import diffusers
+
+    kind = getattr(diffusers, str(name), None)
+    if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
+        raise UserError(
+            f"{place} names the scheduler {name}, which this version of diffusers has not; put"
+            " another of its schedulers there, such as DDIMScheduler"
+        )
+    return kind
+
+
 @dataclass(frozen=True, eq=False)
 class StockSampler:
     """Any stock scheduler of the Stable Diffusion family as a Sampler; it is copied, never changed.

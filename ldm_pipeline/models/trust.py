@@ -4,7 +4,8 @@ Everything here is read with the standard library, before diffusers or transform
 open anything. Each refusal is a `UserError`, one line that says why and what to do. The checks go
 by what those libraries are known to follow: class names in `model_index.json` are imported;
 `auto_map` names code; `adapter_config.json` names another model to load; a tokenizer's settings
-may name its files, and a shard index the files of weights, anywhere on the disk.
+may name its files, and a shard index the files of weights, anywhere on the disk; an implementation
+of attention may be the name of a kernel on the hub.
 """
 
 from __future__ import annotations
@@ -152,7 +153,7 @@ def _check_settings(folder: Path, file: Path) -> None:
         return  # data alone; parsed where it is used
     contents = read_json(file)
     _refuse_code(file, contents)
-    if file.name.endswith(".index.json"):
+    if "weight_map" in contents or ".index." in file.name:
         _check_shards(folder, file, contents.get("weight_map"))
     if file.name == "tokenizer_config.json":
         for key, value in contents.items():
@@ -168,7 +169,7 @@ def _check_shards(folder: Path, file: Path, shards: Any) -> None:
     """Refuse an index of shards that are not safetensors files beside it."""
     if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
         raise UserError(f"{file} is no index of shards: it has no weight_map of file names")
-    if not file.name.endswith(f"{SAFE}.index.json"):
+    if ".bin.index." in file.name:
         return  # of pickled weights, which are not opened
     for name in sorted(set(shards.values())):
         plain = name == PurePosixPath(name).name and "\\" not in name and ":" not in name
@@ -183,6 +184,11 @@ def _check_shards(folder: Path, file: Path, shards: Any) -> None:
 def _refuse_code(place: object, contents: Mapping[str, Any]) -> None:
     if "auto_map" in contents:
         raise UserError(f"{place} names code of its own (auto_map); that is refused, take it out")
+    for key in ("attn_implementation", "_attn_implementation"):
+        if contents.get(key) not in (None, "eager", "sdpa"):
+            raise UserError(
+                f"{place} names a kernel to fetch ({key}={contents[key]!r}); take the entry out"
+            )
     if "quantization_config" in contents:
         raise UserError(
             f"{place} asks for a quantising library (quantization_config); take a model of full"

@@ -20,6 +20,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
 )
 
+import ldm_pipeline
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.pipeline_xl import LatentDiffusionXLPipeline
 from tests.parity.test_stable_diffusion import SCHEDULERS, assert_same, scheduler_of, seeded
@@ -190,6 +191,31 @@ def test_a_run_goes_on_as_stock_goes_on(xl: dict[str, Any], name: str) -> None:
     mine = ours(latents=left, **told).images
     torch.manual_seed(7)
     assert torch.equal(mine, stock(image=left, **told).images)
+
+
+def test_a_refiner_goes_on(xl: dict[str, Any], tmp_path: Path) -> None:
+    """It has the second encoder alone, and is told a score instead of the target size."""
+    from tests.conftest import tiny_unet
+
+    unet = tiny_unet(
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=24 + 5 * 8,
+    )
+    parts = {**xl, "unet": unet, "text_encoder": None, "tokenizer": None}
+    ours = LatentDiffusionXLPipeline(**parts, add_watermarker=False)
+    stock = StableDiffusionXLImg2ImgPipeline(
+        **parts, requires_aesthetics_score=True, add_watermarker=False
+    )
+    left = torch.randn(1, 4, 16, 16, generator=seeded(3)[0])
+    told: dict[str, Any] = {**SHORT, "negative_prompt": "fog", "denoising_start": 0.5}
+    told |= {"guidance_scale": 5.0, "output_type": "latent", "aesthetic_score": 7.0}
+    told |= {"original_size": (32, 32), "target_size": (32, 32)}
+    mine = ours(latents=left, **told).images
+    assert torch.equal(mine, stock(image=left, **told).images)
+    ours.save_pretrained(tmp_path)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is StableDiffusionXLImg2ImgPipeline
+    assert ldm_pipeline.load(tmp_path).unet.config.addition_time_embed_dim == 8
 
 
 @pytest.mark.parametrize("name", [*ALONE, "euler", "ddim", "ddpm"])

@@ -7,10 +7,9 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import nn
 from transformers import (
     CLIPTextConfig,
@@ -24,6 +23,7 @@ from ldm_pipeline.models.original.checkpoint import Checkpoint
 from ldm_pipeline.models.original.clip import BODY
 from ldm_pipeline.models.original.names import Tensors
 from ldm_pipeline.models.original.tensors import to_torch
+from ldm_pipeline.models.schedulers import scheduler_class
 from ldm_pipeline.models.trust import check_component
 
 _BUFFER = "position_ids"
@@ -49,9 +49,7 @@ def components(
             found[part.tokenizer] = _tokenizer(checkpoint.files, part.tokenizer)
     if "scheduler" not in given:
         config = checkpoint.config("scheduler")
-        kind = getattr(diffusers, str(config.get("_class_name")), None)
-        if not isinstance(kind, type) or not issubclass(kind, SchedulerMixin):
-            raise UserError(f"{checkpoint.file} names no scheduler of diffusers")
+        kind = scheduler_class(config.get("_class_name"), checkpoint.file)
         found["scheduler"] = kind.from_config(config)
     return found
 

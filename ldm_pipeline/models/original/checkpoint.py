@@ -53,6 +53,15 @@ class Checkpoint:
         return contents
 
 
+def check_name(file: Path) -> None:
+    """Raise `UserError` for a file that is not even called a safetensors file."""
+    if file.suffix != ".safetensors":
+        raise UserError(
+            f"{file} is a file, but no .safetensors; other kinds can run any program when opened:"
+            " convert it to safetensors first, or take the model's .safetensors"
+        )
+
+
 def open_checkpoint(
     file: Path,
     *,
@@ -68,11 +77,7 @@ def open_checkpoint(
     """
     if prediction_type is not None:
         choose("prediction_type", prediction_type, PREDICTIONS)
-    if file.suffix != ".safetensors":
-        raise UserError(
-            f"{file} is no .safetensors file; other files can run any program when opened: convert"
-            " it to safetensors first, or take the model's .safetensors file"
-        )
+    check_name(file)
     texts = read_header(file).texts
     tensors = _with_body(stored(file))
     family = family_of(file, tensors)

@@ -38,6 +38,11 @@ def to_file(folder: Path, file: Path) -> tuple[str, ...]:
     """
     folders.check(folder, CLASSES)
     contents = folders.index(folder)
+    if "text_encoder" not in components(contents):
+        raise UserError(
+            f"{folder} has no text_encoder: it is SDXL's refiner or a part of a model; keep it as a"
+            " folder"
+        )
     family = family_for(components(contents), read_json(folder / "text_encoder" / "config.json"))
     tensors: dict[str, Stored] = {}
     bare = []

@@ -101,6 +101,8 @@ def joined(parts: Iterable[Stored]) -> Stored:
 def stored(file: Path) -> dict[str, Stored]:
     """Every tensor of a safetensors file, by name; `UserError` for any other file."""
     header = read_header(file)
+    if unknown := sorted(set(header.dtypes.values()) - BYTES.keys()):
+        raise UserError(f"{file} has numbers of a kind that is not known here: {unknown[0]}")
     return {
         key: Stored(header.dtypes[key], shape, ((file, *header.places[key]),))
         for key, shape in header.shapes.items()

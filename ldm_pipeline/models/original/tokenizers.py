@@ -37,10 +37,10 @@ def vocabulary(file: Path, size: int, folder: Path | None = None) -> Files:
     if (files := _of_open_clip()) and _count(files) == size:
         return files
     raise UserError(
-        f"{file} needs CLIP's tokenizer ({size} words), which is not on this machine: name a folder"
-        " that has it (--tokenizer FOLDER, tokenizer=…), such as any Stable Diffusion model in"
-        " Diffusers layout, or once, online, run: hf download openai/clip-vit-large-patch14"
-        " vocab.json merges.txt"
+        f"{file} needs CLIP's tokenizer ({size} words), which is not on this machine: put it beside"
+        " the file, as a folder called tokenizer; or name a folder that has it, such as a Stable"
+        " Diffusion model in Diffusers layout (ldm convert --tokenizer FOLDER, load(tokenizer=…));"
+        " or once, online: hf download openai/clip-vit-large-patch14 vocab.json merges.txt"
     )
 
 

@@ -367,7 +367,7 @@ def packed(files: dict[str, Any]) -> str:
             lambda files: packed(
                 {**files, "scheduler/scheduler_config.json": '{"_class_name": 1}'}
             ),
-            "names no scheduler",
+            "names the scheduler 1",
         ),
         (
             lambda files: packed(
