@@ -78,6 +78,7 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
         feature_extractor: Any = None,
         force_zeros_for_empty_prompt: bool = True,
         add_watermarker: bool | None = None,
+        requires_aesthetics_score: bool = False,
     ) -> None:
         DiffusionPipeline.__init__(self)
         self.register_modules(
@@ -92,8 +93,9 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
             feature_extractor=feature_extractor,
         )
         self.register_to_config(force_zeros_for_empty_prompt=force_zeros_for_empty_prompt)
-        if self._refines:  # stock asks the config, and has another class for it
-            self.register_to_config(requires_aesthetics_score=True)
+        refines = requires_aesthetics_score or self._refines
+        self.register_to_config(requires_aesthetics_score=refines)
+        if refines:  # stock has another class for it
             self._saved_class_name = "StableDiffusionXLImg2ImgPipeline"
         self.vae_scale_factor = autoencoder.downscale(vae)
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)

@@ -103,23 +103,24 @@ class TwoTexts(DiffusionPipeline):
     ) -> tuple[Tensor, Tensor]:
         """What both encoders say, side by side, and the pooled answer of the second.
 
-        SDXL's refiner has the second alone.
+        SDXL's refiner has the second alone, which then reads what is for the first.
         """
-        both = [(self.tokenizer_2, self.text_encoder_2, texts_2)]
+        both = [(self.tokenizer_2, self.text_encoder_2, texts)]
         if self.text_encoder is not None:
-            both.insert(0, (self.tokenizer, self.text_encoder, texts))
-        embeds, pooled = [], None
-        for tokenizer, encoder, words in both:
+            both = [(self.tokenizer, self.text_encoder, texts), (*both[0][:2], texts_2)]
+        for tokenizer, encoder, _ in both:
             if tokenizer is None or encoder is None:
                 raise UserError(
                     "this pipeline lacks a tokenizer or text encoder; pass prompt_embeds and"
                     " pooled_prompt_embeds instead of prompt"
                 )
+            _check_skip(encoder, clip_skip)
+        embeds, pooled = [], None
+        for tokenizer, encoder, words in both:
 
             def convert(given: list[str], tokenizer: Any = tokenizer) -> list[str]:
                 return self.maybe_convert_prompt(given, tokenizer)
 
-            _check_skip(encoder, clip_skip)
             tokens = text.tokenise(tokenizer, words, length=length, convert=convert)
             ask = text.asking_inner(encoder, device, clip_skip)
             said, answer = ask(tokens.input_ids, tokens.attention_mask)

@@ -11,6 +11,7 @@ Diffusers and back:
     configs.py    the configs of a file's networks, from the shapes of its tensors
     note.py       what our own files say in their header about the folder they were made of
     checkpoint.py a file as components: detect, name, check
+    build.py      its components, loaded
     convert.py    folder to file and file to folder
     tokenizers.py where CLIP's vocabulary comes from
 

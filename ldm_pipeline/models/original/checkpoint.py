@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -169,6 +170,7 @@ def _index(family: Family, channels: int) -> dict[str, Any]:
     scheduler = configs.scheduler_config(family, family.prediction)["_class_name"]
     contents: dict[str, Any] = {
         "_class_name": name,
+        "_diffusers_version": version("diffusers"),
         "unet": ["diffusers", "UNet2DConditionModel"],
         "vae": ["diffusers", "AutoencoderKL"],
         "scheduler": ["diffusers", scheduler],

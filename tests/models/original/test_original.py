@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionInpaintPipeline
 from diffusers.loaders import single_file_utils as stock
 from safetensors.torch import load_file, save_file
 
@@ -178,6 +178,8 @@ def test_an_inpainting_file_says_so(made: Made, tmp_path: Path) -> None:
     to_folder(open_checkpoint(plain(file), tokenizer=folder), tmp_path / "folder")
     index = json.loads((tmp_path / "folder" / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionInpaintPipeline"
+    stocks = DiffusionPipeline.from_pretrained(tmp_path / "folder")
+    assert type(stocks) is StableDiffusionInpaintPipeline
     loaded = ldm_pipeline.load(file)
     assert loaded.unet.config.in_channels == 9
     assert json.loads(loaded.to_json_string())["_class_name"] == index["_class_name"]
