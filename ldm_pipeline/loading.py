@@ -104,8 +104,9 @@ class FolderPipeline(DiffusionPipeline):
             folder = Path(source).expanduser()
             if not folder.is_dir():
                 hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
-                hub |= {"local_files_only": local_files_only, "variant": variant}
-                folder = _fetched(cls, str(source), **hub, **given)
+                hub["local_files_only"] = local_files_only
+                fetched_index(str(source), **hub)
+                folder = _fetched(cls, str(source), variant=variant, **hub, **given)
             folders.check(folder, own, given)
             scheduler = components(folders.index(folder)).get("scheduler")
             if scheduler is not None and "scheduler" not in given:

@@ -54,7 +54,8 @@ sys.addaudithook(_hook)
 def watched() -> Iterator[list[tuple[str, str]]]:
     """Within the block, what happens is noted."""
     global _SEEN
-    _SEEN = seen = []
+    seen: list[tuple[str, str]] = []
+    _SEEN = seen
     try:
         yield seen
     finally:
@@ -251,15 +252,9 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "shard at the root": (shards("/etc/passwd"), "names the shard"),
     "shard in Windows' spelling": (shards("..\\secret.safetensors"), "names the shard"),
     "shard of a variant": (
-        both(
-            shards("a.safetensors"),
-            lambda folder: (folder / "unet" / f"{WEIGHTS}.index.json").rename(
-                folder / "unet" / "diffusion_pytorch_model.safetensors.index.fp16.json"
-            ),
-            edit(
-                "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
-                weight_map={"a": "../../secret.safetensors"},
-            ),
+        put(
+            "unet/diffusion_pytorch_model.safetensors.index.fp16.json",
+            '{"weight_map": {"a": "../../secret.safetensors"}}',
         ),
         "names the shard",
     ),

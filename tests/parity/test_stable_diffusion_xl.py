@@ -100,7 +100,7 @@ def test_the_sizes_are_heard(xl: dict[str, Any]) -> None:
 def test_a_negative_size_reaches_the_negative_half_of_every_image(xl: dict[str, Any]) -> None:
     """Image by image as stock draws one alone; stock mixes the halves up where there are two."""
     ours, stock = both(xl)
-    told = {"negative_original_size": (512, 256), "negative_target_size": (30, 10)}
+    told: dict[str, Any] = {"negative_original_size": (512, 256), "negative_target_size": (30, 10)}
     told |= {"num_inference_steps": 3, "output_type": "latent"}
     together = ours(PROMPTS, generator=seeded(1, 2), **told).images
     for i, prompt in enumerate(PROMPTS):

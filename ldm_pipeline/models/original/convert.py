@@ -150,7 +150,6 @@ def _specification(family: Family, folder: Path) -> dict[str, str]:
     told = read_json(folder / "scheduler" / "scheduler_config.json").get("prediction_type")
     return {
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": family.spec,
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.architecture": family.specification(str(told)),
         "modelspec.prediction_type": "v" if told == "v_prediction" else "epsilon",
     }

@@ -68,6 +68,10 @@ class Family:
         own = {part.component: part.prefix for part in self.texts}
         return {"unet": UNET, "vae": VAE, **own}[component]
 
+    def specification(self, prediction: str) -> str:
+        """What Stability's model specification calls the architecture of a model."""
+        return self.spec.replace("768-v", "512") if prediction == "epsilon" else self.spec
+
     def layout(self, component: str, config: Mapping[str, Any]) -> Layout:
         """How a component with `config` names its tensors."""
         if component == "unet":
