@@ -172,6 +172,41 @@ def test_bfloat16(tiny_xl: Callable[[], dict[str, Any]]) -> None:
     assert assert_same(pair, **SHORT, negative_prompt="fog").dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5])
+def test_lora_scale(tiny_xl: Callable[[], dict[str, Any]], scale: float) -> None:
+    """`cross_attention_kwargs["scale"]` scales adapters on the UNet and both text encoders."""
+    from peft import LoraConfig
+
+    parts = tiny_xl()
+    plain = assert_same(both(parts), **SHORT)
+    for part, targets in (
+        ("unet", ["to_q", "to_v"]),
+        ("text_encoder", ["q_proj"]),
+        ("text_encoder_2", ["v_proj"]),
+    ):
+        torch.manual_seed(1)
+        config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+        parts[part].add_adapter(config)
+    adapted = assert_same(both(parts), **SHORT, cross_attention_kwargs={"scale": scale})
+    assert torch.equal(adapted, plain) == (scale == 0.0)
+
+
+def test_an_autoencoder_that_overflows_is_kept_in_float32(
+    tiny_xl: Callable[[], dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """From the first picture on, said once; one that says that it does not is let be."""
+    parts = tiny_xl()
+    parts["vae"].half()
+    ours, _ = both(parts)
+    for _ in range(2):
+        assert ours(**SHORT, output_type="pt", seed=1).images.dtype == torch.float32
+    assert parts["vae"].dtype == torch.float32
+    assert caplog.text.count("overflows in float16") == 1
+    parts["vae"].half().register_to_config(force_upcast=False)
+    assert ours(**SHORT, output_type="pt", seed=1).images.isfinite().all()
+    assert parts["vae"].dtype == torch.float16
+
+
 # -- a part of the run ---------------------------------------------------------------------------
 
 
