@@ -29,12 +29,19 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from ldm_pipeline.canvas import Canvas
 from ldm_pipeline.diffusion.course import Course
 from ldm_pipeline.diffusion.loop import Plan
+from ldm_pipeline.diffusion.noise import Noise
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import autoencoder
 from ldm_pipeline.models.conditioning import time_ids
 from ldm_pipeline.pipeline import LatentDiffusionPipeline
-from ldm_pipeline.request import LCM_GUIDANCE, LCM_STEPS, STEPS, Request, Text
-from ldm_pipeline.request_xl import XL_CALLBACK_TENSORS, XL_GUIDANCE, Pair, RequestXL
+from ldm_pipeline.request import LCM_GUIDANCE, LCM_STEPS, MASK_TENSORS, STEPS, Request, Text
+from ldm_pipeline.request_xl import (
+    XL_CALLBACK_TENSORS,
+    XL_GUIDANCE,
+    XL_PAINTING_GUIDANCE,
+    Pair,
+    RequestXL,
+)
 from ldm_pipeline.running import Callback, Run, halves
 from ldm_pipeline.two_texts import TwoTexts
 
@@ -44,7 +51,8 @@ logger = logging.getLogger(__name__)
 class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes with other arguments
     TwoTexts, StableDiffusionXLLoraLoaderMixin, LatentDiffusionPipeline
 ):
-    """Text to image with SDXL: its base, a fine-tuned model of the same shape, or its refiner.
+    """Pictures from words, and out of pictures or into them, with SDXL: its base, a fine-tuned
+    model of the same shape, one for inpainting, or its refiner.
 
     Any component may be None where it is not needed. One pipeline serves any number of threads.
     """
@@ -59,7 +67,7 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
         "feature_extractor",
     ]
     _exclude_from_cpu_offload: ClassVar = []
-    _callback_tensor_inputs: ClassVar = list(XL_CALLBACK_TENSORS)
+    _callback_tensor_inputs: ClassVar = [*XL_CALLBACK_TENSORS, *MASK_TENSORS]
     _saved_class_name = "StableDiffusionXLPipeline"
     safety_checker: ClassVar = None
 
@@ -130,6 +138,13 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
         pooled_prompt_embeds: Tensor | None = None,
         negative_pooled_prompt_embeds: Tensor | None = None,
         *,
+        image: Any = None,
+        mask_image: Any = None,
+        masked_image_latents: Tensor | None = None,
+        strength: float | None = None,
+        padding_mask_crop: int | None = None,
+        ip_adapter_image: Any = None,
+        ip_adapter_image_embeds: Sequence[Tensor] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
         cross_attention_kwargs: Mapping[str, Any] | None = None,
@@ -151,18 +166,24 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
         guidance_interval: tuple[float, float] = (0.0, 1.0),
         lcm: bool | str | os.PathLike[str] = False,
         weighted: bool = False,
+        exact_steps: bool = False,
+        keep_unmasked: bool = False,
     ) -> Any:
-        """Draw pictures. Arguments and defaults are those of a stock SDXL pipeline, and draw the
-        same pictures: 50 steps of guidance 5. `RequestXL` documents each; the last five are ours,
-        as in `LatentDiffusionPipeline`. Stock has these for pictures alone:
+        """Draw pictures: from words, with `image` out of a picture, with `mask_image` into one.
+
+        Arguments and defaults are those of the stock SDXL pipelines for these, and draw the same
+        pictures: 50 steps of guidance 5 (7.5 with a mask). `RequestXL` documents each; the last
+        seven are ours, as in `LatentDiffusionPipeline`. Stock has these for pictures alone:
 
         denoising_start     go on from `latents` that a run with `denoising_end` left; both runs
                             together are the whole one, where a step asks the network once and
                             needs no history
         aesthetic_score     with its negative one, what refiners are told
 
-        In one point this differs from stock: `negative_original_size` and its like go to the
-        negative half of every image; stock mixes the halves up where there are several.
+        In three points this differs from stock. `negative_original_size` and its like go to the
+        negative half of every image; stock mixes the halves up where there are several. A
+        `negative_crops_coords_top_left` is heard with an `image`, too. And where inpainting ends
+        early (`denoising_end`), what is known is left at the level of the rest, not clean.
 
         Returns `images`, as a `StableDiffusionXLPipelineOutput` or, without `return_dict`, a tuple.
         Raises `UserError`, before any network is called, for what cannot be drawn.
@@ -172,7 +193,8 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
         if num_inference_steps is None:
             num_inference_steps = LCM_STEPS if lcm else STEPS
         if guidance_scale is None:
-            guidance_scale = LCM_GUIDANCE if lcm and self._steerable else XL_GUIDANCE
+            usual = XL_GUIDANCE if mask_image is None else XL_PAINTING_GUIDANCE
+            guidance_scale = LCM_GUIDANCE if lcm and self._steerable else usual
         request = RequestXL(
             prompt=prompt,
             prompt_2=prompt_2,
@@ -192,6 +214,15 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
             eta=eta,
             generator=generator,
             latents=latents,
+            image=image,
+            mask_image=mask_image,
+            masked_image_latents=masked_image_latents,
+            strength=strength,
+            exact_steps=exact_steps,
+            padding_mask_crop=padding_mask_crop,
+            keep_unmasked=keep_unmasked,
+            ip_adapter_image=ip_adapter_image,
+            ip_adapter_image_embeds=ip_adapter_image_embeds,
             prompt_embeds=prompt_embeds,
             negative_prompt_embeds=negative_prompt_embeds,
             pooled_prompt_embeds=pooled_prompt_embeds,
@@ -244,18 +275,42 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
             )
         return part
 
+    def _plan(
+        self,
+        request: Request,
+        canvas: Canvas | None,
+        run: Run,
+        course: Course,
+        noise: Noise,
+        like: Tensor,
+    ) -> Plan:
+        """Where to start and what stays. A picture that another run left gets no noise."""
+        assert isinstance(request, RequestXL)
+        if canvas is not None and not canvas.encoded:
+            self._widen()
+        goes_on = request.denoising_start is not None or request.latents is not None
+        if canvas is None or request.paints or not goes_on:
+            return super()._plan(request, canvas, run, course, noise, like)
+        if request.latents is not None:
+            return Plan(request.latents.to(like), course.times)
+        return Plan(canvas.latents(self.vae, request, noise, like), course.times)
+
     def _start(self, request: Request, z: Tensor | None, n: Tensor, course: Course) -> Plan:
         """Where the run starts; latents that another run left are taken as they are."""
         assert isinstance(request, RequestXL)
         if request.denoising_start is None:
             return super()._start(request, z, n, course)
-        return Plan(n, course.times)
+        return Plan(n if z is None else z, course.times)
 
-    def _decoded(self, z: Tensor, request: Request) -> Tensor:
-        """Pictures [B, 3, H, W] in [-1, 1] of clean latents, watermarked where that is wanted."""
+    def _widen(self) -> None:
+        """Keep the autoencoder in float32 where it overflows in float16."""
         if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
             logger.warning("this autoencoder overflows in float16; it is kept in float32 from here")
             self.vae.to(torch.float32)
+
+    def _decoded(self, z: Tensor, request: Request) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] of clean latents, watermarked where that is wanted."""
+        self._widen()
         images = autoencoder.decode(self.vae, z.to(self.vae.dtype), request.generator)
         if self.watermark is not None:
             images = self.watermark.apply_watermark(images)
@@ -310,9 +365,12 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
                 time_ids(against or original, negative_corner, (request.negative_aesthetic_score,)),
             )
         ids = time_ids(original, corner, target)
-        if against is None or request.negative_target_size is None:
-            return ids, ids
-        return ids, time_ids(against, negative_corner, request.negative_target_size)
+        against_target = request.negative_target_size
+        if canvas is None and (against is None or against_target is None):
+            return ids, ids  # stock pipelines for pictures tell what is given, and only they
+        if canvas is not None and not any(negative_corner):
+            negative_corner = corner  # as they do
+        return ids, time_ids(against or original, negative_corner, against_target or target)
 
     # What fits this model ---------------------------------------------------------------------
 

@@ -11,18 +11,37 @@ from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.request import TASKS, Request, Task, Text, as_number, as_shape, as_texts, as_whole
+from ldm_pipeline.request import (
+    CALLBACK_TENSORS,
+    TASKS,
+    Request,
+    Task,
+    Text,
+    as_number,
+    as_shape,
+    as_texts,
+    as_whole,
+)
 
 if TYPE_CHECKING:
     import torch
 
-XL_GUIDANCE = 5.0
-"""Guidance where nobody names it."""
+XL_GUIDANCE, XL_PAINTING_GUIDANCE = 5.0, 7.5
+"""Guidance where nobody names it, and where a part of a picture is painted."""
 
 XL_CALLBACK_TENSORS = ("latents", "prompt_embeds", "add_text_embeds", "add_time_ids")
 
-XL_TASKS = (replace(TASKS[0], tensors=XL_CALLBACK_TENSORS),)
-"""The tasks of SDXL."""
+XL_STRENGTHS = {"text-to-image": 1.0, "image-to-image": 0.3, "inpainting": 0.9999}
+
+XL_TASKS = tuple(
+    replace(
+        task,
+        strength=XL_STRENGTHS[task.name],
+        tensors=XL_CALLBACK_TENSORS + task.tensors[len(CALLBACK_TENSORS) :],
+    )
+    for task in TASKS
+)
+"""The tasks of SDXL: the same, with what its stock pipelines have."""
 
 Pair = tuple[int, int]
 
@@ -37,7 +56,9 @@ class RequestXL(Request):
     crops_coords_top_left           (top, left) told of it
     negative_original_size, …       the same for the negative half, where both sizes are given
     denoising_end                   in (0, 1): end the run at this fraction of the noise levels
-    denoising_start                 in (0, 1): go on there, from `latents` of a run that ended so
+    denoising_start                 in (0, 1): go on there, from `latents` of a run that ended so,
+                                    or from `image`, which then gets no noise
+    latents                         with an `image` that is drawn anew as a whole: start at these
     aesthetic_score, …              told to refiners in place of the target size
     """
 
@@ -77,6 +98,16 @@ class RequestXL(Request):
             return self.negative_prompts
         texts = as_texts("negative_prompt_2", self.negative_prompt_2)
         return texts * self.prompt_count if len(texts) == 1 else texts
+
+    @property
+    def share(self) -> float:
+        """The share of the noise levels that is run; `denoising_start` takes its place."""
+        return super().share if self.denoising_start is None else 1.0
+
+    @property
+    def begins_at_noise(self) -> bool:
+        """Whether the run starts at pure noise; not where it goes on with a picture."""
+        return super().begins_at_noise and (self.denoising_start is None or self.image is None)
 
     def _check_second_words(self) -> None:
         """As many texts for the second encoder as for the first, and none beside embeddings."""
@@ -143,7 +174,7 @@ class RequestXL(Request):
         start, end = self.denoising_start, self.denoising_end
         if start is not None and end is not None and start >= end:
             raise UserError(f"denoising_start={start!r} must lie below denoising_end={end!r}")
-        if start is not None and self.latents is None:
+        if start is not None and self.latents is None and self.image is None:
             raise UserError(
                 "denoising_start goes on from latents; pass those of a run that had"
                 f" denoising_end={start!r} and output_type='latent'"
