@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Any
 from ldm_pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from ldm_pipeline.pipeline import LatentDiffusionPipeline, load, teach_auto_pipelines
+    from ldm_pipeline.checkpoints import load
+    from ldm_pipeline.pipeline import LatentDiffusionPipeline, teach_auto_pipelines
+    from ldm_pipeline.pipeline_xl import LatentDiffusionXLPipeline
     from ldm_pipeline.request import Request
 
 __version__ = "0.1.0"
 __all__ = [
     "LatentDiffusionPipeline",
+    "LatentDiffusionXLPipeline",
     "Request",
     "UserError",
     "__version__",
@@ -29,7 +32,8 @@ __all__ = [
 
 _HOMES = {
     "LatentDiffusionPipeline": "ldm_pipeline.pipeline",
-    "load": "ldm_pipeline.pipeline",
+    "LatentDiffusionXLPipeline": "ldm_pipeline.pipeline_xl",
+    "load": "ldm_pipeline.checkpoints",
     "teach_auto_pipelines": "ldm_pipeline.pipeline",
     "Request": "ldm_pipeline.request",
 }

@@ -62,7 +62,7 @@ class Canvas:
         if self.encoded:
             z = tiled(self.image.to(like), request.image_count)
         else:
-            z = _encoded(self.image.to(like), vae, request, noise)
+            z = _encoded(self.image, vae, request, noise, like)
         return z.contiguous() if request.paints else z
 
     def staying(
@@ -86,7 +86,7 @@ class Canvas:
             return None
         shown = self.image * (self.mask < 0.5)
         if needed:
-            return _encoded(shown.to(like), vae, request, noise)
+            return _encoded(shown, vae, request, noise, like)
         first_rows(noise, _drawn(shown, request, noise)).draw(shape, like.dtype, like.device)
         return None
 
@@ -156,12 +156,16 @@ def open_canvas(
     return Canvas(canvas.image, encoded, canvas.mask, box, picture, mask)
 
 
-def _encoded(images: Tensor, vae: AutoencoderKL, request: Request, noise: Noise) -> Tensor:
-    """Latents [B, C, h, w] of `images` [N, 3, H, W], drawn from the run's own noise."""
+def _encoded(
+    images: Tensor, vae: AutoencoderKL, request: Request, noise: Noise, like: Tensor
+) -> Tensor:
+    """Latents [B, C, h, w] of `images` [N, 3, H, W], drawn from the run's own noise, in the dtype
+    of `like`; the autoencoder may be kept in a wider one."""
+    images = images.to(like.device, vae.dtype)
     rows = _drawn(images, request, noise)
     shared = isinstance(noise, SharedNoise)
     z = sample(vae, images, rows, first_rows(noise, rows), singly=not shared)
-    return tiled(z, request.image_count)
+    return tiled(z.to(like.dtype), request.image_count)
 
 
 def _drawn(images: Tensor, request: Request, noise: Noise) -> int:

@@ -18,7 +18,7 @@ from typing import NoReturn, cast
 from ldm_pipeline.commands import Command
 from ldm_pipeline.errors import UserError, nearest, suggestion
 
-COMMANDS = ("generate", "show", "info", "evaluate", "dataset", "lora")
+COMMANDS = ("generate", "show", "info", "convert", "evaluate", "dataset", "lora")
 
 
 class Parser(argparse.ArgumentParser):

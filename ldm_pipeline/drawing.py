@@ -36,7 +36,7 @@ from ldm_pipeline.models.sampling import choose_sampler
 from ldm_pipeline.models.unet import bind, guidance_embedding
 from ldm_pipeline.randomness import batch_noise
 from ldm_pipeline.request import Request
-from ldm_pipeline.running import Callback, LiveValues, Run, watcher
+from ldm_pipeline.running import Callback, LiveValues, Run, halves, watcher
 from ldm_pipeline.tasks.generate import generate
 from ldm_pipeline.tasks.img2img import img2img
 from ldm_pipeline.tasks.inpaint import inpaint
@@ -68,25 +68,10 @@ class Drawing(LiveValues, ImagePrompts, DiffusionPipeline):
         course = sampler.course(
             schedule, request.num_inference_steps or 1, request.share, request.exact_steps
         )
+        course = self._portion(course, request)
         run.num_timesteps = len(course.times) - 1
-
-        embeds, negative = self.encode_prompt(
-            request.prompts or None,
-            device,
-            request.num_images_per_prompt,
-            run.guides,
-            request.negative_prompts,
-            prompt_embeds=request.prompt_embeds,
-            negative_prompt_embeds=request.negative_prompt_embeds,
-            lora_scale=run.adapter_scale,
-            clip_skip=run.clip_skip,
-            weighted=request.weighted,
-        )
-        run.prompt_embeds = embeds
-        if run.guides:
-            assert negative is not None
-            run.prompt_embeds = torch.cat([negative, embeds])
-        run.negative_prompt_embeds = negative
+        self._tell(request, canvas, run)
+        assert run.prompt_embeds is not None
         if request.ip_adapter_image is not None or request.ip_adapter_image_embeds is not None:
             run.image_embeds = self.prepare_ip_adapter_image_embeds(
                 request.ip_adapter_image,
@@ -97,12 +82,33 @@ class Drawing(LiveValues, ImagePrompts, DiffusionPipeline):
             )
 
         noise = batch_noise(request.seeds or request.generator, request.image_count, device)
-        plan = self._plan(request, canvas, run, course, noise, like=embeds)
+        plan = self._plan(request, canvas, run, course, noise, like=run.prompt_embeds)
         denoiser = self._denoiser(unet, run, schedule, plan.start)
         with self.progress_bar(total=run.num_timesteps) as bar:
             names = request.callback_on_step_end_tensor_inputs
             watch = watcher(self, run, callback, names, bar)
             return loop.run(plan, denoiser, course.step, noise, watch)
+
+    def _portion(self, course: Course, request: Request) -> Course:
+        """The part of the course that this request runs: all of it."""
+        return course
+
+    def _tell(self, request: Request, canvas: Canvas | None, run: Run) -> None:
+        """Put into `run` what the words are, for the UNet."""
+        embeds, negative = self.encode_prompt(
+            request.prompts or None,
+            self._execution_device,
+            request.num_images_per_prompt,
+            run.guides,
+            request.negative_prompts,
+            prompt_embeds=request.prompt_embeds,
+            negative_prompt_embeds=request.negative_prompt_embeds,
+            lora_scale=run.adapter_scale,
+            clip_skip=run.clip_skip,
+            weighted=request.weighted,
+        )
+        run.prompt_embeds = halves(negative, embeds) if run.guides else embeds
+        run.negative_prompt_embeds = negative
 
     def _plan(
         self,
@@ -121,22 +127,26 @@ class Drawing(LiveValues, ImagePrompts, DiffusionPipeline):
             z = canvas.latents(self.vae, request, noise, like)
         n = request.latents
         n = noise.draw(shape, like.dtype, like.device) if n is None else n.to(like.device)
-        plan = generate(n, course) if request.begins_at_noise else img2img(_sure(z), n, course)
+        plan = self._start(request, z, n, course)
         if canvas is None or not request.paints:
             return plan
 
-        halves = 2 if run.guides else 1
+        sides = 2 if run.guides else 1
         count = request.image_count
-        run.mask = tiled(canvas.latent_mask(shape[1:], count).to(like), halves * count)
+        run.mask = tiled(canvas.latent_mask(shape[1:], count).to(like), sides * count)
         needed = self._reads_mask or "masked_image_latents" in (
             request.callback_on_step_end_tensor_inputs
         )
         staying = canvas.staying(self.vae, request, noise, like, shape, needed)
         if staying is not None:
-            run.masked_image_latents = tiled(staying, halves * count)
+            run.masked_image_latents = tiled(staying, sides * count)
         if not known:
             return plan
         return inpaint(plan, _sure(z), lambda: _sure(run.mask)[:count], n, course)
+
+    def _start(self, request: Request, z: Tensor | None, n: Tensor, course: Course) -> loop.Plan:
+        """The way from noise, or from a picture's latents `z` under noise, to clean latents."""
+        return generate(n, course) if request.begins_at_noise else img2img(_sure(z), n, course)
 
     def _denoiser(
         self, unet: UNet2DConditionModel, run: Run, schedule: Schedule, like: Tensor
@@ -168,7 +178,7 @@ class Drawing(LiveValues, ImagePrompts, DiffusionPipeline):
         """Pictures of clean latents as the caller wants them, and which a checker blacked out."""
         if request.output_type == "latent":
             return z, None
-        images = autoencoder.decode(self.vae, z, request.generator)
+        images = self._decoded(z, request)
         if request.keep_unmasked and canvas is not None:
             images = canvas.keep(images)
         images, unsafe = self._checked(images, z.dtype)
@@ -177,6 +187,10 @@ class Drawing(LiveValues, ImagePrompts, DiffusionPipeline):
             keep = request.keep_unmasked
             drawn = [canvas.lay_back(each, self.image_processor, keep) for each in drawn]
         return drawn, unsafe
+
+    def _decoded(self, z: Tensor, request: Request) -> Tensor:
+        """Pictures [B, 3, H, W] in [-1, 1] of clean latents."""
+        return autoencoder.decode(self.vae, z, request.generator)
 
     def _checked(self, images: Tensor, dtype: torch.dtype) -> tuple[Tensor, list[bool] | None]:
         """`images` with the unsafe ones blacked out by the safety checker, and which they are."""
@@ -208,8 +222,8 @@ class Drawing(LiveValues, ImagePrompts, DiffusionPipeline):
 
     def _stock_class_name(self) -> str:
         if self.unet is not None and self._reads_mask:
-            return "StableDiffusionInpaintPipeline"
-        return str(super()._stock_class_name())
+            return self._saved_class_name.replace("Pipeline", "InpaintPipeline")
+        return self._saved_class_name
 
     @property
     def _steerable(self) -> bool:

@@ -19,7 +19,7 @@ from transformers import CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.models.folders import SAFE
+from ldm_pipeline.models.trust import SAFE
 from ldm_pipeline.request import Request
 
 _loudness = transformers_logging.get_verbosity()

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,11 +18,16 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers import __version__ as diffusers_version
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub import hf_hub_download
+from huggingface_hub.constants import HF_HUB_OFFLINE
 from huggingface_hub.errors import OfflineModeIsEnabled
 from packaging import version
 
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.models import bundled, folders
+from ldm_pipeline.models.original.checkpoint import Checkpoint, open_checkpoint
+from ldm_pipeline.models.schedulers import scheduler_class
+from ldm_pipeline.models.trust import components
 
 FROM_FOLDER: Any = object()
 """Stands for "load this component from the folder", since None means "leave it out"."""
@@ -51,7 +58,9 @@ class FolderPipeline(DiffusionPipeline):
         device_map: str | None = None,
         vae: Any = FROM_FOLDER,
         text_encoder: Any = FROM_FOLDER,
+        text_encoder_2: Any = FROM_FOLDER,
         tokenizer: Any = FROM_FOLDER,
+        tokenizer_2: Any = FROM_FOLDER,
         unet: Any = FROM_FOLDER,
         scheduler: Any = FROM_FOLDER,
         safety_checker: Any = FROM_FOLDER,
@@ -75,7 +84,9 @@ class FolderPipeline(DiffusionPipeline):
         given = {
             "vae": vae,
             "text_encoder": text_encoder,
+            "text_encoder_2": text_encoder_2,
             "tokenizer": tokenizer,
+            "tokenizer_2": tokenizer_2,
             "unet": unet,
             "scheduler": scheduler,
             "safety_checker": safety_checker,
@@ -83,21 +94,30 @@ class FolderPipeline(DiffusionPipeline):
             "image_encoder": image_encoder,
         }
         given = {name: part for name, part in given.items() if part is not FROM_FOLDER}
+        own = cls._get_signature_types()
+        for name in sorted(given.keys() - own.keys()):
+            raise UserError(f"{cls.__name__} has no {name}; leave it out")
+        settings = {"requires_safety_checker": requires_safety_checker}
+        settings = {name: value for name, value in settings.items() if name in own}
         source = pretrained_model_name_or_path
         try:
             folder = Path(source).expanduser()
             if not folder.is_dir():
                 hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
-                hub |= {"local_files_only": local_files_only, "variant": variant}
-                folder = _fetched(cls, str(source), **hub, **given)
-            folders.check(folder, cls._get_signature_types(), given)
+                hub["local_files_only"] = local_files_only
+                fetched_index(str(source), **hub)
+                folder = _fetched(cls, str(source), variant=variant, **hub, **given)
+            folders.check(folder, own, given)
+            scheduler = components(folders.index(folder)).get("scheduler")
+            if scheduler is not None and "scheduler" not in given:
+                scheduler_class(scheduler[1], folder)
             pipeline: Self = super().from_pretrained(
                 str(folder),
                 **dtype_argument(dtype or torch_dtype or torch.float32),
                 variant=variant or folders.only_variant(folder),
                 device_map=device_map,
                 use_safetensors=True,
-                requires_safety_checker=requires_safety_checker,
+                **settings,
                 **given,
             )
         except UserError:
@@ -106,6 +126,60 @@ class FolderPipeline(DiffusionPipeline):
             reason = " ".join(str(error).split())
             raise UserError(f"{source} cannot be loaded: {reason}") from error
         pipeline.register_to_config(_name_or_path=str(source))
+        return pipeline
+
+    @classmethod
+    def from_single_file(
+        cls,
+        pretrained_model_link_or_path: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        torch_dtype: torch.dtype | None = None,
+        prediction_type: str | None = None,
+        tokenizer_folder: str | os.PathLike[str] | None = None,
+        **parts: Any,
+    ) -> Self:
+        """The pipeline in one `.safetensors` file in the original layout, without any network.
+
+        `parts` are used instead of the file's, by their components' names. `tokenizer_folder` has
+        CLIP's vocabulary, where neither the file nor this machine has it. Raises `UserError` for
+        files of another kind or family, and where a part is missing.
+        """
+        own = cls._get_signature_types()
+        for name in sorted(parts.keys() - own.keys()):
+            raise UserError(f"{cls.__name__} has no {name}; leave it out")
+        file = Path(pretrained_model_link_or_path).expanduser()
+        if not file.is_file():
+            raise UserError(f"there is no file {file}; a hub id is opened with from_pretrained")
+        checkpoint = single_file(
+            file, prediction_type=prediction_type, tokenizer=tokenizer_folder, given=parts
+        )
+        return cls.from_checkpoint(checkpoint, dtype or torch_dtype or torch.float32, parts)
+
+    @classmethod
+    def from_checkpoint(
+        cls,
+        checkpoint: Checkpoint,
+        dtype: torch.dtype,
+        parts: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """The pipeline of an opened single file, in `dtype`; `parts` are not taken from it."""
+        from ldm_pipeline.models.original import build
+
+        given = dict(parts or {})
+        if checkpoint.family.pipeline != cls._saved_class_name:
+            raise UserError(
+                f"{checkpoint.file} holds {checkpoint.family.name}, which {cls.__name__} cannot"
+                " draw with; ldm_pipeline.load picks the pipeline that can"
+            )
+        told = json.loads(checkpoint.files[folders.INDEX])
+        settings = {
+            name: told[name]
+            for name in ("force_zeros_for_empty_prompt", "requires_safety_checker")
+            if name in told and name in cls._get_signature_types()
+        }
+        pipeline = cls(**{**build.components(checkpoint, dtype, given), **settings, **given})
+        pipeline.register_to_config(_name_or_path=str(checkpoint.file))
         return pipeline
 
     @classmethod
@@ -143,19 +217,46 @@ class FolderPipeline(DiffusionPipeline):
         return json.dumps(contents, indent=2, sort_keys=True) + "\n"
 
 
+def single_file(
+    file: Path,
+    *,
+    prediction_type: str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+    given: Collection[str] = (),
+) -> Checkpoint:
+    """The checkpoint in a single file; see `open_checkpoint`."""
+    folder = None if tokenizer is None else Path(tokenizer).expanduser()
+    return open_checkpoint(file, prediction_type=prediction_type, tokenizer=folder, given=given)
+
+
+def fetched_index(hub_id: str, **told: Any) -> dict[str, Any]:
+    """The `model_index.json` of a hub model, checked, before anything else of it is fetched."""
+    with _hub(hub_id, told["local_files_only"]):
+        file = Path(hf_hub_download(hub_id, folders.INDEX, **told))
+    return folders.index(file.parent)
+
+
 def _fetched(cls: type[FolderPipeline], hub_id: str, **told: Any) -> Path:
     """The folder of a hub model, downloaded or in the cache; `UserError` where there is no way."""
+    with _hub(hub_id, told["local_files_only"]):
+        return Path(cls.download(hub_id, use_safetensors=True, **told))
+
+
+@contextmanager
+def _hub(hub_id: str, local: bool) -> Iterator[None]:
+    """Within the block, what the hub cannot give ends in one line."""
     loudness = diffusers_logging.get_verbosity()
     diffusers_logging.set_verbosity_error()  # what it warns of is in our one line
     try:
-        return Path(cls.download(hub_id, use_safetensors=True, **told))
+        yield
     except (OSError, ValueError) as error:
         root = error.__cause__ or error
-        offline = told["local_files_only"] or isinstance(root, OfflineModeIsEnabled)
+        offline = local or isinstance(root, OfflineModeIsEnabled) or HF_HUB_OFFLINE
         why = "offline, and not in the cache" if offline else str(root).strip().partition("\n")[0]
         raise UserError(
             f"there is no model folder {hub_id}, and as a hub id it could not be fetched ({why}); "
-            "name a folder in Diffusers layout, or a model of the hub as owner/name"
+            "name a folder in Diffusers layout, a .safetensors file, or a model of the hub as"
+            " owner/name"
         ) from error
     finally:
         diffusers_logging.set_verbosity(loudness)

@@ -38,7 +38,7 @@ from ldm_pipeline.diffusion.prediction import PREDICTION_TYPES
 from ldm_pipeline.drawing import Drawing
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.loading import FolderPipeline
-from ldm_pipeline.models import autoencoder, bundled, chunks, text
+from ldm_pipeline.models import autoencoder, chunks, text
 from ldm_pipeline.models.sampling import settle
 from ldm_pipeline.request import (
     CALLBACK_TENSORS,
@@ -51,6 +51,8 @@ from ldm_pipeline.request import (
     Text,
 )
 from ldm_pipeline.running import Callback, Run, under_way
+
+ENCODING = "encode a prompt (prompt_embeds and negative_prompt_embeds do without)"
 
 
 class LatentDiffusionPipeline(
@@ -100,6 +102,10 @@ class LatentDiffusionPipeline(
         )
         self.register_to_config(requires_safety_checker=requires_safety_checker)
         self.vae_scale_factor = autoencoder.downscale(vae)
+        self._make_processors()
+
+    def _make_processors(self) -> None:
+        """What makes tensors of pictures and masks, for the autoencoder's factor."""
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor)
         self.mask_processor = VaeImageProcessor(
             vae_scale_factor=self.vae_scale_factor,
@@ -216,16 +222,21 @@ class LatentDiffusionPipeline(
             lcm=lcm,
             weighted=weighted,
         )
+        images, unsafe = self._answer(request, callback_on_step_end)
+        if not return_dict:
+            return images, unsafe
+        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=unsafe)
+
+    def _answer(self, request: Request, callback: Callback | None) -> tuple[Any, list[bool] | None]:
+        """What was asked for, drawn: the images, and which a checker blacked out."""
         self._check_components(request)
         canvas = self._canvas(request)
         self._check_latents(request, canvas)
         with under_way(self, self._begin(request)) as run:
-            z = self._draw(request, canvas, run, callback_on_step_end)
+            z = self._draw(request, canvas, run, callback)
             images, unsafe = self._finish(z, request, canvas)
         self.maybe_free_model_hooks()
-        if not return_dict:
-            return images, unsafe
-        return StableDiffusionPipelineOutput(images=images, nsfw_content_detected=unsafe)
+        return images, unsafe
 
     def _begin(self, request: Request) -> Run:
         """The values with which a run starts."""
@@ -302,15 +313,10 @@ class LatentDiffusionPipeline(
             needed["vae"] = "decode latents (output_type='latent' skips that)"
         if request.image is not None:
             needed["vae"] = "encode and decode pictures"
-        unguided = request.guidance_scale <= 1 or request.negative_prompt_embeds is not None
-        if request.prompt_embeds is None or not unguided:
-            needed["text_encoder"] = "encode a prompt (prompt_embeds and negative_prompt_embeds"
-            needed["text_encoder"] += " do without)"
         for name, purpose in needed.items():
             if getattr(self, name) is None:
                 raise UserError(f"this pipeline has no {name} to {purpose}")
-        if request.prompt_embeds is None:
-            text.check_clip_skip(self.text_encoder, request.clip_skip)
+        self._check_words(request)
         choose("prediction_type", self._prediction_type, PREDICTION_TYPES)
         self._check_channels(request)
         self._check_image_prompt(request)
@@ -348,6 +354,14 @@ class LatentDiffusionPipeline(
                 " masked_image_latents too"
             )
 
+    def _check_words(self, request: Request) -> None:
+        """Raise `UserError` where words must be encoded and cannot be."""
+        unguided = request.guidance_scale <= 1 or request.negative_prompt_embeds is not None
+        if self.text_encoder is None and (request.prompt_embeds is None or not unguided):
+            raise UserError(f"this pipeline has no text_encoder to {ENCODING}")
+        if request.prompt_embeds is None:
+            text.check_clip_skip(self.text_encoder, request.clip_skip)
+
 
 def teach_auto_pipelines() -> None:
     """Let `AutoPipelineForText2Image`, `…Image2Image` and `…Inpainting` know our class, so that
@@ -360,15 +374,3 @@ def teach_auto_pipelines() -> None:
         auto.AUTO_INPAINT_PIPELINES_MAPPING,
     ):
         classes["ldm-pipeline"] = LatentDiffusionPipeline
-
-
-def load(
-    source: str | os.PathLike[str] = "bundled", *, torch_dtype: torch.dtype = torch.float32
-) -> LatentDiffusionPipeline:
-    """The pipeline that `source` holds: "bundled", a folder in Diffusers layout, or a hub id.
-
-    Raises `UserError` where it cannot be loaded, and for models that are not shaped like Stable
-    Diffusion 1.x or 2.x.
-    """
-    place = bundled.folder() if source == "bundled" else source
-    return LatentDiffusionPipeline.from_pretrained(place, dtype=torch_dtype)

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ldm_pipeline.errors import UserError, choose
 
@@ -76,7 +76,7 @@ TASKS = (
         tensors=CALLBACK_TENSORS + MASK_TENSORS,
     ),
 )
-"""Every task; which of the inputs that any of them needs are there decides between them."""
+"""The tasks of Stable Diffusion 1.x and 2.x."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -151,6 +151,9 @@ class Request:
     lcm: bool | str | os.PathLike[str] = False
     weighted: bool = False
 
+    tasks: ClassVar[tuple[Task, ...]] = TASKS
+    """Every task; which of the inputs that any of them needs are there decides between them."""
+
     def __post_init__(self) -> None:
         self._check_words()
         self._check_numbers()
@@ -176,14 +179,14 @@ class Request:
     @cached_property
     def task(self) -> Task:
         """The task that the inputs ask for; `UserError` where they fit none."""
-        deciding = {name for task in TASKS for name in task.needs}
+        deciding = {name for task in self.tasks for name in task.needs}
         there = {name for name in deciding if _is_there(getattr(self, name))}
-        for task in TASKS:
+        for task in self.tasks:
             if there == set(task.needs):
                 return task
         raise UserError(
             f"{', '.join(sorted(there))} alone cannot be drawn from; pass"
-            f" {' or '.join(' and '.join(task.needs) for task in TASKS if task.needs)}"
+            f" {' or '.join(' and '.join(task.needs) for task in self.tasks if task.needs)}"
         )
 
     @property
@@ -212,14 +215,14 @@ class Request:
     @cached_property
     def prompts(self) -> list[str]:
         """The prompts as a list; empty when embeddings were passed."""
-        return _texts("prompt", self.prompt)
+        return as_texts("prompt", self.prompt)
 
     @cached_property
     def negative_prompts(self) -> list[str] | None:
         """One negative prompt per prompt, or None where none was given."""
         if self.negative_prompt is None:
             return None
-        texts = _texts("negative_prompt", self.negative_prompt)
+        texts = as_texts("negative_prompt", self.negative_prompt)
         return texts * self.prompt_count if len(texts) == 1 else texts
 
     @property
@@ -254,13 +257,13 @@ class Request:
         ):
             if text is not None and embeds is not None:
                 raise UserError(f"{name} and {name}_embeds were both passed; pass only one of them")
-            if embeds is not None and len(_shape(name + "_embeds", embeds)) != 3:
+            if embeds is not None and len(as_shape(name + "_embeds", embeds)) != 3:
                 raise UserError(
-                    f"{name}_embeds has shape {_shape(name, embeds)};"
+                    f"{name}_embeds has shape {as_shape(name, embeds)};"
                     " it must be [prompts, tokens, channels], as encode_prompt returns it"
                 )
         if self.prompt is not None:
-            _texts("prompt", self.prompt)
+            as_texts("prompt", self.prompt)
         negatives = self.negative_prompts
         if negatives is not None and len(negatives) != self.prompt_count:
             raise UserError(
@@ -284,7 +287,7 @@ class Request:
         """Sizes, counts and strengths within their ranges."""
         for name in ("height", "width"):
             size = getattr(self, name)
-            if size is not None and _whole(name, size, 1) % SIZE_STEP:
+            if size is not None and as_whole(name, size, 1) % SIZE_STEP:
                 near = max(SIZE_STEP, round(size / SIZE_STEP) * SIZE_STEP)
                 raise UserError(
                     f"{name}={size} is not a multiple of {SIZE_STEP}; the nearest is {near}"
@@ -296,13 +299,13 @@ class Request:
             if levels is not None and len(levels) == 0:
                 raise UserError(f"{name} is empty; pass at least one noise level")
         if self.timesteps is None and self.sigmas is None:
-            _whole("num_inference_steps", self.num_inference_steps, 1)
-        _whole("num_images_per_prompt", self.num_images_per_prompt, 1)
+            as_whole("num_inference_steps", self.num_inference_steps, 1)
+        as_whole("num_images_per_prompt", self.num_images_per_prompt, 1)
         if self.clip_skip is not None:
-            _whole("clip_skip", self.clip_skip, 0)
-        _number("guidance_scale", self.guidance_scale, 0.0, math.inf)
-        _number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
-        _number("eta", self.eta, 0.0, 1.0)
+            as_whole("clip_skip", self.clip_skip, 0)
+        as_number("guidance_scale", self.guidance_scale, 0.0, math.inf)
+        as_number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
+        as_number("eta", self.eta, 0.0, 1.0)
         self._check_interval()
 
     def _check_interval(self) -> None:
@@ -312,7 +315,7 @@ class Request:
                 f"guidance_interval={interval!r} must be two fractions of the run,"
                 " such as (0.2, 0.8)"
             )
-        lo, hi = (_number("guidance_interval", end, 0.0, 1.0) for end in interval)
+        lo, hi = (as_number("guidance_interval", end, 0.0, 1.0) for end in interval)
         if lo >= hi:
             raise UserError(
                 f"guidance_interval={interval!r} is empty; the first must be below the second"
@@ -324,7 +327,7 @@ class Request:
             raise UserError("seed and generator were both passed; pass only one of them")
         if self.seed is not None:
             for seed in self.seed if isinstance(self.seed, list | tuple) else [self.seed]:
-                if _whole("seed", seed, 0) > MAX_SEED - self.image_count:
+                if as_whole("seed", seed, 0) > MAX_SEED - self.image_count:
                     raise UserError(f"seed={seed} is too large; it must be below 2**63")
         for name, one_each in (("seed", self.seed), ("generator", self.generator)):
             if isinstance(one_each, Sequence) and len(one_each) != self.image_count:
@@ -334,7 +337,7 @@ class Request:
                     " pass one per image"
                 )
         if self.latents is not None:
-            shape = _shape("latents", self.latents)
+            shape = as_shape("latents", self.latents)
             if len(shape) != 4 or shape[0] != self.image_count:
                 raise UserError(
                     f"latents has shape {shape}; it must be [{self.image_count}, channels,"
@@ -343,9 +346,9 @@ class Request:
 
     def _check_pictures(self) -> None:
         """Inputs that make a task together, and pictures that are pictures."""
-        for name in (name for task in TASKS for name in task.takes):
+        for name in (name for task in self.tasks for name in task.takes):
             if _is_there(getattr(self, name)) and name not in self.task.takes:
-                takers = [task for task in TASKS if name in task.takes]
+                takers = [task for task in self.tasks if name in task.takes]
                 raise UserError(
                     f"{name} is for {' and '.join(task.name for task in takers)}; pass"
                     f" {' or '.join(' and '.join(task.needs) for task in takers)} with it, or leave"
@@ -357,10 +360,10 @@ class Request:
                     f"{name}={getattr(self, name)!r} is a name; open the picture first, as in"
                     " PIL.Image.open(name)"
                 )
-        if self.strength is not None and _number("strength", self.strength, 0.0, 1.0) == 0:
+        if self.strength is not None and as_number("strength", self.strength, 0.0, 1.0) == 0:
             raise UserError(f"strength={self.strength!r} would draw nothing; pass more than 0")
         if self.padding_mask_crop is not None:
-            _whole("padding_mask_crop", self.padding_mask_crop, 0)
+            as_whole("padding_mask_crop", self.padding_mask_crop, 0)
             if self.output_type != "pil":
                 raise UserError(
                     f"padding_mask_crop gives pictures, not output_type={self.output_type!r}; pass"
@@ -379,7 +382,7 @@ def _is_there(value: Any) -> bool:
     return value is not None and value is not False
 
 
-def _texts(name: str, text: Text | None) -> list[str]:
+def as_texts(name: str, text: Text | None) -> list[str]:
     """A text or a sequence of texts as a list."""
     if text is None:
         return []
@@ -391,14 +394,14 @@ def _texts(name: str, text: Text | None) -> list[str]:
     return list(texts)
 
 
-def _shape(name: str, tensor: Any) -> tuple[int, ...]:
+def as_shape(name: str, tensor: Any) -> tuple[int, ...]:
     """The shape of a tensor; a `UserError` for anything that has none."""
     if not hasattr(tensor, "shape"):
         raise UserError(f"{name} must be a tensor, not {type(tensor).__name__}")
     return tuple(tensor.shape)
 
 
-def _whole(name: str, value: Any, low: int) -> int:
+def as_whole(name: str, value: Any, low: int) -> int:
     """`value` as an int of at least `low`."""
     try:
         whole = operator.index(value)
@@ -409,7 +412,7 @@ def _whole(name: str, value: Any, low: int) -> int:
     return whole
 
 
-def _number(name: str, value: Any, low: float, high: float) -> float:
+def as_number(name: str, value: Any, low: float, high: float) -> float:
     """`value` as a finite float within [low, high]."""
     number = float(value) if isinstance(value, Real) else math.nan
     if isinstance(value, bool) or not math.isfinite(number) or not low <= number <= high:

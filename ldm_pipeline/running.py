@@ -22,7 +22,6 @@ from torch import Tensor
 from ldm_pipeline.diffusion import loop
 from ldm_pipeline.diffusion.denoiser import Guidance
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.request import CALLBACK_TENSORS, MASK_TENSORS
 
 Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
 """callback(pipeline, i, timestep, tensors) -> those of the tensors that it changed."""
@@ -34,7 +33,8 @@ class Run:
 
     `prompt_embeds` is [B, L, C], or [2B, L, C] with the negative half first where the run began
     with guidance, and so are `mask` [., 1, h, w], `masked_image_latents` [., C, h, w] and
-    `image_embeds`, one tensor for each IP-Adapter. `steerable` is False for UNets that take
+    `image_embeds`, one tensor for each IP-Adapter; so are `add_text_embeds` [., D] and
+    `add_time_ids` [., 6], which SDXL is told besides. `steerable` is False for UNets that take
     guidance as an input (guided LCM).
     """
 
@@ -52,6 +52,10 @@ class Run:
     mask: Tensor | None = None
     masked_image_latents: Tensor | None = None
     image_embeds: Sequence[Tensor] | None = None
+    add_text_embeds: Tensor | None = None
+    add_time_ids: Tensor | None = None
+    denoising_start: float | None = None
+    denoising_end: float | None = None
 
     @property
     def guides(self) -> bool:
@@ -82,11 +86,16 @@ class Run:
             return None
         return torch.cat([self.mask, self.masked_image_latents], dim=1)[:rows]
 
-    def added(self, rows: int) -> dict[str, list[Tensor]] | None:
-        """What an IP-Adapter reads of pictures for a batch of `rows`, under the UNet's name."""
-        if self.image_embeds is None:
-            return None
-        return {"image_embeds": [embeds[-rows:] for embeds in self.image_embeds]}
+    def added(self, rows: int) -> dict[str, Any] | None:
+        """What the UNet is told besides for a batch of `rows`, under its names: what IP-Adapters
+        read of pictures, and SDXL's pooled answer and sizes."""
+        told: dict[str, Any] = {}
+        if self.image_embeds is not None:
+            told["image_embeds"] = [embeds[-rows:] for embeds in self.image_embeds]
+        if self.add_text_embeds is not None and self.add_time_ids is not None:
+            told["text_embeds"] = self.add_text_embeds[-rows:]
+            told["time_ids"] = self.add_time_ids[-rows:]
+        return told or None
 
     @property
     def adapter_scale(self) -> float | None:
@@ -94,8 +103,14 @@ class Run:
         return (self.cross_attention_kwargs or {}).get("scale")
 
 
+def halves(negative: Tensor | None, prompted: Tensor) -> Tensor:
+    """Both halves of a guided batch in one tensor [2B, …], the negative one first."""
+    assert negative is not None
+    return torch.cat([negative, prompted])
+
+
 def watcher(
-    pipeline: object, run: Run, callback: Callback | None, names: Sequence[str], bar: Any
+    pipeline: Any, run: Run, callback: Callback | None, names: Sequence[str], bar: Any
 ) -> loop.Watch:
     """What happens after every step: the caller's callback, the progress bar, an interrupt.
 
@@ -108,7 +123,7 @@ def watcher(
             passed = {name: x if name == "latents" else getattr(run, name) for name in names}
             changed = callback(pipeline, i, timestep, passed) or {}
             x = changed.get("latents", x)
-            for name in (CALLBACK_TENSORS + MASK_TENSORS)[1:]:
+            for name in pipeline._callback_tensor_inputs[1:]:
                 setattr(run, name, changed.get(name, getattr(run, name)))
         run.steps_done = i + 1
         bar.update()
@@ -193,6 +208,16 @@ class LiveValues:
     def clip_skip(self) -> int | None:
         """How many of the text encoder's last layers were left out."""
         return run_of(self).clip_skip
+
+    @property
+    def denoising_start(self) -> float | None:
+        """The fraction of the noise levels that was run before, by another model (SDXL)."""
+        return run_of(self).denoising_start
+
+    @property
+    def denoising_end(self) -> float | None:
+        """The fraction of the noise levels after which the run ends (SDXL)."""
+        return run_of(self).denoising_end
 
     @property
     def cross_attention_kwargs(self) -> Mapping[str, Any] | None:

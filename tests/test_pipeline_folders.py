@@ -170,7 +170,9 @@ def test_wrong_folders(saved: Path, tmp_path: Path) -> None:
     index = saved / "model_index.json"
     contents = json.loads(index.read_text())
     index.write_text(json.dumps({**contents, "text_encoder_2": ["transformers", "CLIPTextModel"]}))
-    with pytest.raises(UserError, match="only models shaped like Stable Diffusion"):
+    with pytest.raises(UserError, match="'text_encoder_2', which this pipeline has not"):
+        LatentDiffusionPipeline.from_pretrained(saved)
+    with pytest.raises(UserError, match="'text_encoder_2' but has no such folder"):
         ldm_pipeline.load(saved)
     index.write_text("{")
     with pytest.raises(UserError, match="cannot be read"):

@@ -141,7 +141,11 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare which model to use, where and how precisely; `evaluate` takes the same."""
     add = parser.add_argument
-    add("--model", default=BUNDLED, help="a folder in Diffusers layout, or a hub id (%(default)s)")
+    add(
+        "--model",
+        default=BUNDLED,
+        help="a folder in Diffusers layout, a .safetensors file, or a hub id (%(default)s)",
+    )
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps or xpu; auto takes a GPU if any")
     add("--dtype", default="auto", help=f"one of {', '.join(DTYPES)}; auto is float32 on a CPU")
 

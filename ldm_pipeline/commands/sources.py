@@ -1,4 +1,4 @@
-"""What `--model` may name: the bundled model, a folder, or a model of the Hugging Face hub.
+"""What `--model` may name: the bundled model, a folder, a single file, or a model of the hub.
 
 Nothing is loaded or downloaded here; a name that cannot lead to a model is refused at once.
 """
@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import bundled, folders
+from ldm_pipeline.models.headers import read_header
+from ldm_pipeline.models.original.checkpoint import check_name
+from ldm_pipeline.models.original.families import family_of
 
 if TYPE_CHECKING:
     from ldm_pipeline.pipeline import LatentDiffusionPipeline
@@ -23,10 +26,11 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 @dataclass(frozen=True)
 class Source:
-    """A model that can be opened: `name` as it was given; `folder` None for a hub id."""
+    """A model that can be opened: `name` as it was given; `folder` and `file` None for a hub id."""
 
     name: str
     folder: Path | None
+    file: Path | None = None
 
     @property
     def bundled(self) -> bool:
@@ -46,12 +50,14 @@ def find(name: str) -> Source:
     if folder.is_dir():
         folders.index(folder)
         return Source(name, folder)
-    if folder.exists():
-        raise UserError(f"{name} is a file; --model takes a folder in Diffusers layout or a hub id")
+    if folder.is_file():
+        check_name(folder)
+        family_of(folder, read_header(folder).shapes)
+        return Source(name, None, folder)
     if not HUB_ID.fullmatch(name) or folder.parent.is_dir():
         raise UserError(
             f"there is no model folder {name}, and a hub id is written owner/name; --model takes "
-            "a folder in Diffusers layout, a hub id or bundled"
+            "a folder in Diffusers layout, a .safetensors file, a hub id or bundled"
         )
     if _offline() and cached(name) is None:
         raise UserError(
@@ -87,7 +93,7 @@ def open_pipeline(source: Source, device: str, dtype: str) -> LatentDiffusionPip
     transformers.utils.logging.disable_progress_bar()
     # That torchvision is missing concerns nobody here: the pipeline makes its tensors itself.
     transformers.utils.logging.set_verbosity_error()
-    place = source.name if source.folder is None else source.folder
+    place = source.folder or source.file or source.name
     try:
         pipeline = ldm_pipeline.load(place, torch_dtype=getattr(torch, dtype))
     except UserError:

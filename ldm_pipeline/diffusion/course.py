@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
@@ -20,6 +20,10 @@ from torch import Tensor
 from ldm_pipeline.diffusion.grids import grid
 from ldm_pipeline.diffusion.loop import Step
 from ldm_pipeline.diffusion.schedule import Schedule
+
+
+def _goes_anywhere(k: int) -> None:
+    """For steps that are told both of their ends and need no more."""
 
 
 @dataclass(frozen=True)
@@ -30,12 +34,31 @@ class Course:
     step   the step, for `loop.run`
     first  first(noise) -> where a run without a picture starts, from unit noise [B, C, h, w]
     noisy  noisy(z, noise, t) -> z at level t, in the scale in which this sampler keeps x
+    skip   skip(k) tells the step, before it is first asked, that the run begins at times[k]
+    order  how many of the levels make one step (2 for stock's Heun)
     """
 
     times: tuple[float, ...]
     step: Step
     first: Callable[[Tensor], Tensor]
     noisy: Callable[[Tensor, Tensor, float], Tensor]
+    skip: Callable[[int], None] = _goes_anywhere
+    order: int = 1
+
+    def between(self, high: float, low: float) -> Course:
+        """The part of this course that starts below level `high` and takes no step from one below
+        `low`: parts that share a level, run one after the other, are the whole.
+
+        Where two levels make a step, it starts one earlier rather than within a step, as stock
+        SDXL does.
+        """
+        count = len(self.times) - 1
+        first = next((i for i, t in enumerate(self.times[:-1]) if t < high), count)
+        last = next((i for i, t in enumerate(self.times[:-1]) if t < low), count)
+        if self.order == 2 and first > 0 and (count - first) % 2 == 0:
+            first -= 1
+        self.skip(first)
+        return replace(self, times=self.times[first : last + 1])
 
 
 class Sampler(Protocol):

@@ -17,6 +17,7 @@ from ldm_pipeline.lora.fitting import Modules, Shape
 from ldm_pipeline.lora.targets import COMPONENTS, TEXT_MODEL
 from ldm_pipeline.models import folders
 from ldm_pipeline.models.headers import read_header
+from ldm_pipeline.models.trust import PICKLES, SAFE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -90,8 +91,8 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of one component, in one variant: the plain ones if there are any."""
-    found = sorted(folder.glob(f"*{folders.SAFE}"))
-    variants = [(file, file.name.removesuffix(folders.SAFE).partition(".")[2]) for file in found]
+    found = sorted(folder.glob(f"*{SAFE}"))
+    variants = [(file, file.name.removesuffix(SAFE).partition(".")[2]) for file in found]
     plain = [file for file, variant in variants if not variant]
     first = variants[0][1].partition("-")[0] if variants else ""
     return plain or [file for file, variant in variants if variant.partition("-")[0] == first]
@@ -158,7 +159,7 @@ def _not_ours(checkpoint: Checkpoint) -> Callable[[str, list[str]], set[str]]:
     def ignore(folder: str, names: list[str]) -> set[str]:
         if Path(folder) not in own:
             return set()
-        weights = (folders.SAFE, *folders.PICKLES)
+        weights = (SAFE, *PICKLES)
         return {name for name in names if name.endswith(weights)}
 
     return ignore

@@ -26,7 +26,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from ldm_pipeline.diffusion.denoiser import Network
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.models.text import reads_mask, tokenise
+from ldm_pipeline.models.text import asking_inner, reads_mask, tokenise
 from ldm_pipeline.models.unet import bind
 
 Size = tuple[int, int]
@@ -167,18 +167,18 @@ class TwoEncoders:
     def encode(self, tokens: Mapping[str, Tensor]) -> Told:
         """`embeds` [n, L, C + C'] and `pooled` [n, D]."""
         device = self.text_encoder_2.device
-        first, second = (
-            encoder(tokens[name].to(device), output_hidden_states=True)
+        (first, _), (second, pooled) = (
+            asking_inner(encoder, device)(tokens[name], tokens[name])
             for name, encoder in (("tokens", self.text_encoder), ("tokens_2", self.text_encoder_2))
         )
-        embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        assert pooled is not None
+        embeds = torch.cat([first, second], dim=-1)
         said = tokens["said"].to(device, embeds.dtype)[:, None]
-        return {"embeds": embeds * said[..., None], "pooled": second.text_embeds * said}
+        return {"embeds": embeds * said[..., None], "pooled": pooled * said}
 
     def place(self, original: Size, corner: Size, size: Size) -> Told:
         """`time_ids` [6]: height and width before, the corner's top and left, height and width."""
-        numbers = [*original[::-1], *corner[::-1], *size[::-1]]
-        return {"time_ids": torch.tensor(numbers, dtype=torch.float32)}
+        return {"time_ids": time_ids(original[::-1], corner[::-1], size[::-1])}
 
     def network(self, unet: UNet2DConditionModel, told: Mapping[str, Tensor]) -> Network:
         """The UNet under the embeddings, the pooled answer and the picture's place."""
@@ -193,6 +193,13 @@ class TwoEncoders:
             "pooled_prompt_embeds": prompt["pooled"],
             "negative_pooled_prompt_embeds": negative["pooled"],
         }
+
+
+def time_ids(original: Size, corner: Size, target: Size | tuple[float]) -> Tensor:
+    """SDXL's numbers [6] of a picture: how high and wide it was, the top and left of what was cut
+    out, how high and wide that is (2307.01952, section 2.2). Here heights come first. Its refiner
+    is told how beautiful the picture is in place of the last two."""
+    return torch.tensor([*original, *corner, *target], dtype=torch.float32)
 
 
 def conditioning_of(pipe: Any) -> Conditioning:

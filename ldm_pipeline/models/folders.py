@@ -1,37 +1,45 @@
 """What lies in a model folder, read without loading it: is it whole, and is it safe to open?
 
 A model folder has Diffusers' layout: `model_index.json` names the components, each in a folder of
-its own with its config and weights. Only safetensors weights are opened; a pickle can run any
-program, so folders that hold nothing else are refused.
+its own with its config and weights. What it must not do stands in `trust.py`.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.models.trust import (
+    SAFE,
+    check_classes,
+    check_component,
+    check_links,
+    components,
+    read_json,
+)
 
 INDEX = "model_index.json"
-SAFE = ".safetensors"
-PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 
 
 def index(folder: Path) -> dict[str, Any]:
-    """The contents of `model_index.json`; `UserError` where the folder is no pipeline."""
-    try:
-        contents = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(
-            f"{folder} has no {INDEX}; pass a folder that save_pretrained wrote"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder / INDEX} cannot be read: {error}") from None
-    if not isinstance(contents, dict):
-        raise UserError(f"{folder / INDEX} must hold a JSON object")
+    """The contents of `model_index.json`; `UserError` where the folder is no pipeline, or would
+    run code of its own or of elsewhere."""
+    file = folder / INDEX
+    if not file.exists() and not file.is_symlink():
+        raise UserError(f"{folder} has no {INDEX}; pass a folder that save_pretrained wrote")
+    if not file.resolve().is_relative_to(folder.resolve()):
+        check_links(folder)
+    contents = read_json(file)
+    check_classes(folder, contents)
     return contents
+
+
+def is_xl(contents: dict[str, Any]) -> bool:
+    """Whether the contents of a `model_index.json` are those of an SDXL pipeline."""
+    named = str(contents.get("_class_name")).startswith("StableDiffusionXL")
+    return named or "text_encoder_2" in components(contents)
 
 
 def check(folder: Path, known: Collection[str], given: Collection[str] = ()) -> None:
@@ -39,32 +47,22 @@ def check(folder: Path, known: Collection[str], given: Collection[str] = ()) -> 
 
     `known` are the names of the components that the pipeline has; those in `given` are brought by
     the caller and not looked for. Refused are components that the pipeline does not know, that
-    have no folder, or only pickled weights; and folders that want to run their own code.
+    have no folder, or whose weights are no safetensors; links out of the folder; and folders that
+    want to run their own code. See `trust.py`.
     """
     contents = index(folder)
+    check_links(folder)
     kind = contents.get("_class_name", "pipeline")
-    if not isinstance(kind, str):
-        raise UserError(f"{folder} wants to run its own pipeline code; that is refused")
-    parts = {
-        name: entry
-        for name, entry in contents.items()
-        if isinstance(entry, list) and entry and entry[0] is not None
-    }
+    parts = components(contents)
     for name in sorted(parts.keys() - set(known)):
         raise UserError(
-            f"{folder} holds a {kind} with a component {name!r}; only models shaped like Stable"
-            " Diffusion 1.x or 2.x can be drawn with"
+            f"{folder} holds a {kind} with a component {name!r}, which this pipeline has not;"
+            " ldm_pipeline.load opens models shaped like Stable Diffusion 1.x, 2.x and SDXL"
         )
     for name in sorted(parts.keys() - set(given)):
         if not (folder / name).is_dir():
             raise UserError(f"{folder} names a component {name!r} but has no such folder")
-        files = [file.name for file in (folder / name).iterdir()]
-        pickles = sorted(file for file in files if file.endswith(PICKLES))
-        if pickles and not any(file.endswith(SAFE) for file in files):
-            raise UserError(
-                f"{folder / name} holds only pickled weights ({', '.join(pickles)}), which can"
-                " run any program when opened; convert them to safetensors first"
-            )
+        check_component(folder / name)
 
 
 def only_variant(folder: Path) -> str | None:

@@ -65,6 +65,19 @@ def stock_sampler(name: str, config: Mapping[str, Any], eta: float | None = None
     return StockSampler(scheduler, eta=eta)
 
 
+def scheduler_class(name: object, place: object) -> Any:
+    """The scheduler of diffusers called `name`, which `place` asks for; `UserError` for no such."""
+    import diffusers
+
+    kind = getattr(diffusers, str(name), None)
+    if not isinstance(kind, type) or not issubclass(kind, diffusers.SchedulerMixin):
+        raise UserError(
+            f"{place} names the scheduler {name}, which this version of diffusers has not; put"
+            " another of its schedulers there, such as DDIMScheduler"
+        )
+    return kind
+
+
 @dataclass(frozen=True, eq=False)
 class StockSampler:
     """Any stock scheduler of the Stable Diffusion family as a Sampler; it is copied, never changed.
@@ -134,7 +147,13 @@ class StockSampler:
             started: Tensor = own.add_noise(z, noise, level.repeat(z.shape[0]))
             return started
 
-        return Course(times, step, first, noisy)
+        def skip(k: int) -> None:
+            for _ in range(k):
+                next(place)
+            if hasattr(own, "set_begin_index"):
+                own.set_begin_index(begin + k)
+
+        return Course(times, step, first, noisy, skip, getattr(own, "order", 1))
 
     def _set(self, own: Any, n: int, strength: float, exact: bool) -> int:
         """Set the copy's timesteps; how many of the steps that they make are left out."""

@@ -1,0 +1,71 @@
+"""Which pipeline a model is for: `load` picks the class from what it finds.
+
+A model is the bundled one, a folder in Diffusers layout, one `.safetensors` file in the original
+layout, or an id of the Hugging Face hub.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ldm_pipeline.errors import UserError
+from ldm_pipeline.loading import fetched_index, single_file
+from ldm_pipeline.models import bundled, folders
+from ldm_pipeline.models.original.families import SDXL
+from ldm_pipeline.pipeline import LatentDiffusionPipeline
+from ldm_pipeline.pipeline_xl import LatentDiffusionXLPipeline
+
+
+def load(
+    source: str | os.PathLike[str] = "bundled",
+    *,
+    dtype: torch.dtype | None = None,
+    torch_dtype: torch.dtype | None = None,
+    variant: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+    prediction_type: str | None = None,
+    tokenizer: str | os.PathLike[str] | None = None,
+) -> LatentDiffusionPipeline:
+    """The pipeline for the model that `source` names: Stable Diffusion 1.x, 2.x or SDXL.
+
+    `dtype` (`torch_dtype` is its older name) is float32 unless given. `variant`, `revision`,
+    `cache_dir`, `token` and `local_files_only` are for folders and the hub, as they are in
+    `from_pretrained`; HF_HUB_OFFLINE is honoured. `prediction_type` and `tokenizer` are for single
+    files: what the UNet predicts ("epsilon" or "v_prediction"), and a folder with CLIP's
+    vocabulary, where the file and this machine do not tell. Raises `UserError`, one line, for what
+    cannot be opened, or not safely.
+    """
+    place = bundled.folder() if source == "bundled" else Path(source).expanduser()
+    if dtype is not None and torch_dtype is not None:
+        raise UserError("dtype and torch_dtype were both passed; pass only dtype")
+    if place.is_file():
+        for name, value in {"variant": variant, "revision": revision}.items():
+            if value is not None:
+                raise UserError(f"{name} is for folders and hub ids, and {source} is a file")
+        checkpoint = single_file(place, prediction_type=prediction_type, tokenizer=tokenizer)
+        cls = _class(checkpoint.family is SDXL)
+        return cls.from_checkpoint(checkpoint, dtype or torch_dtype or torch.float32)
+    asked = {"prediction_type": prediction_type, "tokenizer": tokenizer}
+    for name, given in asked.items():
+        if given is not None:
+            raise UserError(f"{name} is for single files; {source} tells it by itself")
+    hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
+    hub["local_files_only"] = local_files_only
+    contents = folders.index(place) if place.is_dir() else fetched_index(str(source), **hub)
+    return _class(folders.is_xl(contents)).from_pretrained(
+        place if place.is_dir() else source,
+        dtype=dtype or torch_dtype,
+        variant=variant,
+        **hub,
+    )
+
+
+def _class(xl: bool) -> type[LatentDiffusionPipeline]:
+    return LatentDiffusionXLPipeline if xl else LatentDiffusionPipeline
