@@ -2,7 +2,7 @@
 
 On one process or on as many as accelerate is told:
 
-    accelerate launch train/train_small_decoder.py --config configs/small_decoder_tiny.yaml
+    accelerate launch train/train_small_decoder.py --config configs/decoder_tiny.yaml
 """
 
 from ldm_pipeline.training.launch import launch

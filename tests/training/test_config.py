@@ -15,10 +15,12 @@ from ldm_pipeline.training.config import TrainingConfig, parse, write_yaml
 from ldm_pipeline.training.latent_diffusion import LatentDiffusionConfig
 from ldm_pipeline.training.lcm import LcmConfig
 from ldm_pipeline.training.lora import LoraConfig
+from ldm_pipeline.training.small_decoder import SmallDecoderConfig
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 KINDS: dict[str, type[TrainingConfig]] = {
     "autoencoder": AutoencoderConfig,
+    "decoder": SmallDecoderConfig,
     "clip": ClipConfig,
     "unet": LatentDiffusionConfig,
     "lora": LoraConfig,

@@ -2,7 +2,7 @@
 
 500 mutants in every run; as many as LDM_MUTATIONS says in a long one:
 
-    LDM_MUTATIONS=20000 pytest tests/lora/test_hostile.py
+    LDM_MUTATIONS=20000 pytest tests/lora/test_hostile_loras.py
 """
 
 from __future__ import annotations
