@@ -6,7 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from ldm_pipeline.commands.sources import BUNDLED
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.models import bundled
 
 PURPOSE = "turn a model folder into one file in the original layout, or back"
 
@@ -14,7 +16,7 @@ PURPOSE = "turn a model folder into one file in the original layout, or back"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     add = parser.add_argument
-    add("source", type=Path, metavar="IN", help="a folder in Diffusers layout, or a .safetensors")
+    add("source", type=Path, metavar="IN", help="a folder in Diffusers layout, bundled, or a file")
     add("target", type=Path, metavar="OUT", help="a .safetensors file, or a folder; not there yet")
     add(
         "--tokenizer",
@@ -32,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Write the target and print its name on stdout; what had no place there, on stderr."""
     source, target = args.source.expanduser(), args.target.expanduser()
+    if str(source) == BUNDLED and not source.exists():
+        source = bundled.folder()
     check(args, source, target)
     # Only now: these read files, and the second imports torch.
     from ldm_pipeline.models.original import convert
@@ -61,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
 def check(args: argparse.Namespace, source: Path, target: Path) -> None:
     """Refuse what cannot be converted, by names alone."""
     if not source.exists():
-        raise UserError(f"there is no {source}; convert takes a model folder or a .safetensors")
+        raise UserError(f"there is no {source}; convert takes a folder, bundled or a .safetensors")
     if target.exists():
         raise UserError(f"{target} is there already; name another, or move it away")
     if not target.absolute().parent.is_dir():

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 import ldm_pipeline
 from ldm_pipeline.cli import main
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.models import bundled
 from ldm_pipeline.models.original import note, tokenizers
 from ldm_pipeline.models.original.checkpoint import open_checkpoint
 from ldm_pipeline.models.original.configs import unet_config
@@ -293,6 +294,18 @@ def test_real_sizes_give_the_known_config() -> None:
 
 
 # -- the command, and refusals -------------------------------------------------------------------
+
+
+def test_the_bundled_model_converts_under_its_name(tmp_path: Path) -> None:
+    """To one file and back: every file of its pipeline, byte for byte."""
+    file, again = tmp_path / "bundled.safetensors", tmp_path / "again"
+    assert main(["convert", "bundled", str(file)]) == 0
+    assert main(["convert", str(file), str(again)]) == 0
+    written = [path for path in again.rglob("*") if path.is_file()]
+    assert len(written) > 8
+    for path in written:
+        own = bundled.folder() / path.relative_to(again)
+        assert path.read_bytes() == own.read_bytes(), path
 
 
 def test_the_command_converts_both_ways(made: Made, tmp_path: Path, capsys: Any) -> None:
