@@ -24,7 +24,7 @@ from ldm_pipeline.request import Request
 
 _loudness = transformers_logging.get_verbosity()
 transformers_logging.set_verbosity_error()  # it says twice that torchvision, not needed, is missing
-from diffusers.loaders import IPAdapterMixin  # noqa: E402
+from diffusers.loaders import IPAdapterMixin  # noqa: E402  # while it is quiet
 
 transformers_logging.set_verbosity(_loudness)
 

@@ -39,7 +39,7 @@ class Muon(torch.optim.Optimizer):
             group["momentum"] = MOMENTUM
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure
         """One update of all parameters; those without a gradient stay."""
         for group in self.param_groups:
             matrices: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
