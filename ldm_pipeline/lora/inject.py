@@ -23,6 +23,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.lora.arithmetic import fuse
 from ldm_pipeline.lora.targets import TEXT_MODEL, Layout, LoraSettings, resolve
 from ldm_pipeline.lora.weights import LORA_A, LORA_B, MAGNITUDE, LoraWeights
 from ldm_pipeline.models.text import has_adapters
@@ -70,13 +71,15 @@ def inject(
     *,
     seed: int,
     unread: Sequence[str] = (),
+    fused: bool = True,
 ) -> Adapter:
     """Put a new LoRA into `models` (by component: unet, text_encoder, text_encoder_2).
 
     It changes nothing yet: B is zero. A is drawn from `seed` alone; torch's own generator is
     left as it was. Every other parameter of `models` is frozen. `unread` are patterns of modules
-    that are left alone, see `resolve`. Raises `UserError`, before anything is changed, where
-    `settings` do not fit the models or adapters are already in one.
+    that are left alone, see `resolve`; `fused` layers compute as `lora.arithmetic` says, the same
+    numbers up to rounding. Raises `UserError`, before anything is changed, where `settings` do not
+    fit the models or adapters are already in one.
     """
     for component, model in models.items():
         if has_adapters(model):
@@ -98,6 +101,8 @@ def inject(
             network.add_adapter(config, adapter_name=NAME)
             for path, layer in _layers(model).items():
                 _begin(layer, generator)
+                if fused:
+                    fuse(layer)
                 name = f"{component}.{path.removeprefix(TEXT_MODEL)}"
                 parameters |= {f"{name}.{part}": p for part, p in _parts(layer).items()}
     adapter = Adapter(dict(models), layouts, parameters, was_trainable)

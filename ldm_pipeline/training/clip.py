@@ -74,6 +74,9 @@ class ClipConfig(TrainingConfig):
 
     model: ClipSettings = ClipSettings()
     data: WorldSettings = WorldSettings()
+    text: Path | None = Field(
+        default=None, description="folder with the text_encoder that the text tower begins from"
+    )
     hard_negatives: NonNegative = 3
     layout_weight: NonNegativeFloat = Field(
         default=0.0, description="of naming what is where, a task beside the contrastive one"
@@ -95,6 +98,8 @@ class ClipObjective(nn.Module):
         self.layout: LayoutHead | None = None
         if config.layout_weight:
             self.layout = LayoutHead(config.model.vision_width)
+        if config.text is not None:
+            self._take_text(config.text / "text_encoder")
         if config.begin_from is not None:
             take_weights(self.clip, config.begin_from)
 
@@ -182,6 +187,14 @@ class ClipObjective(nn.Module):
         encoder.load_state_dict({k: body[k.removeprefix("text_model.")] for k in wanted})
         encoder.save_pretrained(folder / "text_encoder")
         self.tokenizer.save_pretrained(folder / "tokenizer")
+
+    def _take_text(self, folder: Path) -> None:
+        """Begin the text tower from the text encoder in `folder`, which knows the same words."""
+        encoder = CLIPTextModel(self.clip.config.text_config)
+        take_weights(encoder, folder)
+        weights = encoder.state_dict()
+        body = {name.removeprefix("text_model."): value for name, value in weights.items()}
+        self.clip.text_model.load_state_dict(body)
 
 
 def wrong_captions(

@@ -481,6 +481,7 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "model.length": Change(batch, 40),
         "model.merges": Change(batch, 60),
         "data.seed": Change(batch, 1),
+        "text": Change(trained, "another text"),
         "hard_negatives": Change(batch, 1),
         "layout_weight": Change(loss, 0.5),
     },
