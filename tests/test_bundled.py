@@ -24,8 +24,15 @@ def pipe() -> Any:
 
 
 def test_it_is_small_and_holds_no_pickles() -> None:
-    files = [file for file in bundled.folder().rglob("*") if file.is_file()]
-    assert sum(file.stat().st_size for file in files) <= 32_000_000
+    place = bundled.folder()
+    files = [file for file in place.rglob("*") if file.is_file()]
+    sizes = {"lcm": 0, "decoder": 0, "model": 0}
+    for file in files:
+        part = file.relative_to(place).parts[0]
+        sizes[part if part in sizes else "model"] += file.stat().st_size
+    assert sizes["model"] <= 32_000_000
+    assert sizes["lcm"] <= 8_000_000
+    assert sum(sizes.values()) <= 48_000_000
     assert {file.suffix for file in files} <= {".json", ".safetensors", ".txt", ".md"}
     configs = [file.read_text("utf-8") for file in files if file.suffix == ".json"]
     assert not any("_name_or_path" in config for config in configs)  # it names a machine's folder

@@ -1,23 +1,35 @@
 """Put a trained model into the package, or any folder, with its model card.
 
-    python train/bundle.py MODEL TEXT OUT [REPORT]
+    python train/bundle.py MODEL TEXT OUT [--report JSON] [--lcm DIR [--lcm-report JSON]]
+                                          [--decoder DIR]
 
-MODEL is a final folder of train_unet.py, TEXT one of train_clip.py, REPORT what
-`ldm evaluate --out` wrote as report.json.
+MODEL is a final folder of train_unet.py, TEXT one of train_clip.py, the others those of
+train_lcm.py and train_small_decoder.py; `ldm evaluate --out` writes report.json.
 """
 
+import argparse
 import sys
 from pathlib import Path
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.training.bundle import bundle
+from ldm_pipeline.training.bundle import Parts, bundle
 
-if __name__ == "__main__":
-    if len(sys.argv) not in (4, 5):
-        sys.exit(__doc__)
-    model, text, out, *report = (Path(argument) for argument in sys.argv[1:])
+
+def main() -> None:
+    """Bundle, and say where."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    for name in ("model", "text", "out"):
+        parser.add_argument(name, type=Path, metavar=name.upper())
+    for name in ("report", "lcm", "lcm-report", "decoder"):
+        parser.add_argument(f"--{name}", type=Path)
+    told = vars(parser.parse_args())
+    out = told.pop("out")
     try:
-        print(bundle(model, text, report[0] if report else None, out))
+        print(bundle(Parts(**told), out))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,46 +4,99 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderTiny
 from transformers import CLIPModel
 
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.lora import files
+from ldm_pipeline.lora.notes import read_note
 
 MOST_BYTES = 32_000_000
+"""Of the model itself; the few-step adapter and the small decoder are counted apart."""
+LCM, DECODER = "lcm", "decoder"
+"""Folders of what may come beside the model."""
+MOST_LCM_BYTES = 8_000_000
+MOST_DECODER_BYTES = 8_000_000
 
 
-def bundle(model: Path, text: Path, report: Path | None, out: Path) -> Path:
-    """Copy the pipeline in `model` and the CLIP in `text` (in 16 bits) to `out`, with a model card.
+@dataclass(frozen=True)
+class Parts:
+    """What is bundled: final folders of the trainers, and what `ldm evaluate` wrote of them.
 
-    `report` is the JSON of `ldm evaluate`; its figures go into the card. Raises UserError where a
-    part is missing or the whole would be larger than 32 MB; `out` is then left as it was.
+    `model` is a pipeline, `text` has the folder clip, `lcm` a few-step adapter and `decoder` an
+    AutoencoderTiny; `report` and `lcm_report` are JSON.
     """
-    for part in (model / "model_index.json", text / "clip"):
+
+    model: Path
+    text: Path
+    report: Path | None = None
+    lcm: Path | None = None
+    lcm_report: Path | None = None
+    decoder: Path | None = None
+
+
+def bundle(parts: Parts, out: Path) -> Path:
+    """Copy everything to `out`, the CLIP and the adapter in 16 bits, with a model card.
+
+    Raises UserError where a part is missing or takes more than its share; `out` is then left as it
+    was.
+    """
+    for part in (parts.model / "model_index.json", parts.text / "clip"):
         if not part.exists():
             raise UserError(f"{part} is missing")
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
-    shutil.copytree(model, unfinished)
-    CLIPModel.from_pretrained(text / "clip", dtype=torch.float16).save_pretrained(
-        unfinished / "clip"
-    )
-    for config in unfinished.rglob("config.json"):
-        _forget_origin(config)
-    if not (unfinished / "tokenizer").is_dir():
-        raise UserError(f"{model} has no tokenizer")
-    figures = json.loads(report.read_text("utf-8")) if report is not None else None
-    (unfinished / "README.md").write_text(model_card(figures), "utf-8")
-    size = sum(file.stat().st_size for file in unfinished.rglob("*") if file.is_file())
-    if size > MOST_BYTES:
-        shutil.rmtree(unfinished)
-        raise UserError(f"the model takes {size / 1e6:.1f} MB; at most {MOST_BYTES / 1e6:.0f} fit")
+    try:
+        _gather(parts, unfinished)
+    except UserError:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise
     if out.exists():
         shutil.rmtree(out)
     unfinished.rename(out)
     return out
+
+
+def _gather(parts: Parts, place: Path) -> None:
+    """Put all of it into the new folder `place`."""
+    extras = shutil.ignore_patterns(LCM, DECODER, ".*")
+    shutil.copytree(parts.model, place, ignore=extras)
+    clip = CLIPModel.from_pretrained(parts.text / "clip", dtype=torch.float16)
+    clip.save_pretrained(place / "clip")
+    for config in place.rglob("config.json"):
+        _forget_origin(config)
+    if not (place / "tokenizer").is_dir():
+        raise UserError(f"{parts.model} has no tokenizer")
+    card = model_card(_read(parts.report), _read(parts.lcm_report))
+    (place / "README.md").write_text(card, "utf-8")
+    _must_fit("the model", place, MOST_BYTES)
+    if parts.lcm is not None:
+        weights = files.load_whole(parts.lcm)
+        halves = {name: tensor.half() for name, tensor in weights.tensors.items()}
+        notes = read_note(parts.lcm).texts()
+        files.save(place / LCM, replace(weights, tensors=halves), notes)
+        _must_fit("the few-step adapter", place / LCM, MOST_LCM_BYTES)
+    if parts.decoder is not None:
+        small = AutoencoderTiny.from_pretrained(parts.decoder, torch_dtype=torch.float16)
+        small.save_pretrained(place / DECODER)
+        _forget_origin(place / DECODER / "config.json")
+        _must_fit("the small decoder", place / DECODER, MOST_DECODER_BYTES)
+
+
+def _read(report: Path | None) -> dict[str, Any] | None:
+    """The figures in a report; None without one."""
+    return None if report is None else json.loads(report.read_text("utf-8"))
+
+
+def _must_fit(what: str, folder: Path, most: int) -> None:
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    if size > most:
+        raise UserError(f"{what} takes {size / 1e6:.1f} MB; at most {most / 1e6:.0f} fit")
 
 
 def _forget_origin(config: Path) -> None:
@@ -53,16 +106,22 @@ def _forget_origin(config: Path) -> None:
         config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
-def model_card(figures: dict[str, Any] | None) -> str:
-    """The card's Markdown; the table is left out where nothing was measured."""
-    return CARD.format(figures=_table(figures) if figures else "Not measured yet.\n")
+def model_card(
+    figures: dict[str, Any] | None = None, few_steps: dict[str, Any] | None = None
+) -> str:
+    """The card's Markdown; tables are left out where nothing was measured."""
+    told = _table(figures) if figures else "Not measured yet.\n"
+    if few_steps:
+        told += "\n" + FEW_STEPS + _table(few_steps)
+    return CARD.format(figures=told)
 
 
 def _table(figures: dict[str, Any]) -> str:
     settings = figures["settings"]
+    lcm = " --lcm" if settings.get("lcm") else f" --guidance {settings['guidance']:g}"
     lines = [
         f"`ldm evaluate --prompts {settings['prompts']} --seed {settings['seed']}"
-        f" --steps {settings['steps']} --guidance {settings['guidance']:g}`, read by the judge:",
+        f" --steps {settings['steps']}{lcm}`, read by the judge:",
         "",
         "| what | measured | 95 % interval | trials | floor |",
         "|---|---|---|---|---|",
@@ -78,6 +137,10 @@ def _table(figures: dict[str, Any]) -> str:
     )
     return "\n".join(lines) + "\n"
 
+
+FEW_STEPS = """With the few-step adapter in `lcm`, distilled from this model by train/train_lcm.py:
+
+"""
 
 CARD = """---
 license: apache-2.0

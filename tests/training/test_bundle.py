@@ -7,11 +7,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import AutoencoderTiny
 
+from ldm_pipeline import LatentDiffusionPipeline
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.lora import files
+from ldm_pipeline.lora.inject import inject
+from ldm_pipeline.lora.notes import LcmNote, read_note
+from ldm_pipeline.lora.targets import LoraSettings
 from ldm_pipeline.models import bundled
 from ldm_pipeline.training import bundle as module
-from ldm_pipeline.training.bundle import bundle
+from ldm_pipeline.training.bundle import Parts, bundle
 
 
 @pytest.fixture
@@ -26,7 +33,7 @@ def model(tmp_path: Path) -> Path:
 
 
 def test_it_is_what_was_trained_and_says_nothing_of_where(model: Path, tmp_path: Path) -> None:
-    out = bundle(model, model, None, tmp_path / "out")
+    out = bundle(Parts(model, model), tmp_path / "out")
     for config in out.rglob("config.json"):
         trained = json.loads((model / config.relative_to(out)).read_text("utf-8"))
         trained.pop("_name_or_path", None)
@@ -44,9 +51,42 @@ def test_what_does_not_fit_leaves_everything_as_it_was(
     (out / "kept").touch()
     monkeypatch.setattr(module, "MOST_BYTES", 1_000_000)
     with pytest.raises(UserError, match=r"takes .* MB; at most 1 fit"):
-        bundle(model, model, None, out)
+        bundle(Parts(model, model), out)
     shutil.rmtree(model / "clip")
     with pytest.raises(UserError, match="clip is missing"):
-        bundle(model, model, None, out)
+        bundle(Parts(model, model), out)
     assert [path.name for path in tmp_path.iterdir() if path != model] == ["out"]
     assert [path.name for path in out.iterdir()] == ["kept"]
+
+
+def test_adapter_and_small_decoder_come_beside_it_in_half_the_bytes(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unet = LatentDiffusionPipeline.bundled().unet
+    adapter = inject({"unet": unet}, LoraSettings(rank=2), seed=0)
+    note = LcmNote("bundled", 20, 5.0)
+    own = files.save(tmp_path / "adapter", adapter.weights(), note.texts())
+    small = AutoencoderTiny(
+        encoder_block_out_channels=(8, 8, 8, 8), decoder_block_out_channels=(8, 8, 8, 8)
+    )
+    small.save_pretrained(tmp_path / "small")
+    figures = {"settings": {"prompts": 9, "seed": 0, "steps": 4, "guidance": 1.0, "lcm": "True"},
+               "shares": {}, "psnr": 30.0, "floors": {}}  # fmt: skip
+    (tmp_path / "few.json").write_text(json.dumps(figures), "utf-8")
+    parts = Parts(
+        model, model, lcm=own.parent, lcm_report=tmp_path / "few.json", decoder=tmp_path / "small"
+    )
+    out = bundle(parts, tmp_path / "out")
+    kept, was = files.load(out / "lcm"), adapter.weights()
+    assert kept.layouts == was.layouts
+    assert read_note(out / "lcm") == note
+    assert {t.dtype for t in kept.tensors.values()} == {torch.float16}
+    assert all(torch.equal(kept.tensors[name], was.tensors[name].half()) for name in was.tensors)
+    halved = AutoencoderTiny.from_pretrained(out / "decoder", torch_dtype=torch.float16)
+    pairs = zip(halved.parameters(), small.parameters(), strict=True)
+    assert all(torch.equal(a, b.half()) for a, b in pairs)
+    assert "--prompts 9 --seed 0 --steps 4 --lcm`" in (out / "README.md").read_text("utf-8")
+    monkeypatch.setattr(module, "MOST_LCM_BYTES", 1000)
+    with pytest.raises(UserError, match="few-step adapter takes"):
+        bundle(parts, tmp_path / "out")
+    assert (out / "lcm").is_dir()
