@@ -16,12 +16,13 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from ldm_pipeline.data.world import Description, Sample, World
+from ldm_pipeline.data.world import Description, Sample, Scene, World
 from ldm_pipeline.evaluation.judge import Reading, Verdict, agrees, read
 from ldm_pipeline.evaluation.metrics import Share
 from ldm_pipeline.grid import captioned_grid
 from ldm_pipeline.images import to_pictures
 
+READ_BACK = "scene read from its reconstruction"
 FLOORS = {
     "one thing: kind and colour": 0.95,
     "background": 0.95,
@@ -30,6 +31,7 @@ FLOORS = {
     "count, 1 to 4": 0.70,
     "pairs never seen in training": 0.80,
     "caption among 100, half of them hard": 0.90,
+    READ_BACK: 0.97,
 }
 """What a good model of the world reaches; the autoencoder's is `PSNR_FLOOR`."""
 PSNR_FLOOR = 30.0
@@ -135,7 +137,8 @@ def evaluate(
     }
     if lcm:
         settings["lcm"] = str(lcm)
-    report = Report(shares, reconstruction_psnr(pipeline.vae, RECONSTRUCTED, seed), settings)
+    psnr, shares[READ_BACK] = reconstructed(pipeline.vae, RECONSTRUCTED, seed)
+    report = Report(shares, psnr, settings)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
         (out / "report.json").write_text(json.dumps(report.to_json(), indent=2) + "\n", "utf-8")
@@ -191,13 +194,31 @@ def _counting(results: Sequence[Drawn]) -> Share:
 
 
 @torch.no_grad()
-def reconstruction_psnr(vae: Any, pictures: int, seed: int) -> float:
-    """Mean PSNR in dB of fresh pictures through the autoencoder; the peak is 255."""
-    world, values = World(seed, "test"), []
+def reconstructed(vae: Any, pictures: int, seed: int) -> tuple[float, Share]:
+    """Mean PSNR in dB (the peak is 255) of fresh pictures through the autoencoder, and how often
+    the judge reads the whole scene from what comes out."""
+    world, values, right = World(seed, "test"), [], []
     for first in range(0, pictures, 20):
-        x = np.stack([world[i].picture for i in range(first, min(first + 20, pictures))])
-        tensor = torch.from_numpy(x).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
-        y = vae.decode(vae.encode(tensor).latent_dist.mean).sample.clamp(-1, 1)
-        error = ((y.float() - tensor.float()) / 2).square().flatten(1).mean(dim=1)
+        samples = [world[i] for i in range(first, min(first + 20, pictures))]
+        x = torch.from_numpy(np.stack([sample.picture for sample in samples]))
+        x = x.permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
+        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1).float()
+        error = ((y - x.float()) / 2).square().flatten(1).mean(dim=1)
         values += (-10 * torch.log10(error)).tolist()
-    return float(np.mean(values))
+        decoded = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+        pairs = zip(samples, decoded, strict=True)
+        right += [is_whole(read(picture), sample.scene) for sample, picture in pairs]
+    return float(np.mean(values)), Share.of(right)
+
+
+def is_whole(reading: Reading, scene: Scene) -> bool:
+    """Background, number, and each thing's kind, colour and place (within 4 pixels) are right."""
+    if reading.background != scene.background or len(reading.things) != len(scene.things):
+        return False
+    for thing in scene.things:
+        near = min(reading.things, key=lambda s: (s.x - thing.x) ** 2 + (s.y - thing.y) ** 2)
+        if (near.kind, near.colour) != (thing.kind, thing.colour):
+            return False
+        if max(abs(near.x - thing.x), abs(near.y - thing.y)) > 4:
+            return False
+    return True

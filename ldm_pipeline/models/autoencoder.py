@@ -45,6 +45,15 @@ def sample(
     return z
 
 
+def encoder_weights(vae: AutoencoderKL) -> dict[str, Tensor]:
+    """The weights that decide what a picture's latents are; a decoder may be trained on."""
+    return {
+        name: tensor
+        for name, tensor in vae.state_dict().items()
+        if not name.startswith(("decoder.", "post_quant_conv."))
+    }
+
+
 def tiled(rows: Tensor, count: int) -> Tensor:
     """`rows` [N, …] dealt out in turn until there are `count`, a multiple of N; their layout in
     memory stays."""

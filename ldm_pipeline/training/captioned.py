@@ -280,7 +280,7 @@ def cached_latents(data: Captioned, vae: AutoencoderKL, share: Share) -> Cache:
     what it then says must not be kept), and where processes would train on different samples.
     """
     samples = sorted(data.every(), key=lambda sample: sample.transform.bucket)
-    key = key_of(vae.state_dict(), FORMAT, _plain(vae.config), str(vae.dtype))
+    key = key_of(autoencoder.encoder_weights(vae), FORMAT, _plain(vae.config), str(vae.dtype))
     cache = Cache(data.settings.cache / "latents" / key)
 
     def encode(indices: Sequence[int]) -> list[Entry | None]:

@@ -97,6 +97,6 @@ def cached_latents(
         return [{"mean": m, "std": s} for m, s in halves]
 
     facts = vae.config.scaling_factor, precision, "world", settings.seed
-    cache = Cache(settings.cache / key_of(vae.state_dict(), *facts))
+    cache = Cache(settings.cache / key_of(autoencoder.encoder_weights(vae), *facts))
     fill(cache, [key_at(index, world.split) for world, index in places], encode, share)
     return cache

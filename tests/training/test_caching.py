@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from ldm_pipeline.data.cache import ALONE, Cache, Share
@@ -49,6 +50,18 @@ def looked_at(source: Path, **told: Any) -> Captioned:
 def names(data: Captioned) -> set[str]:
     """The pictures that will be trained on."""
     return {sample.item.key for sample in data.every()}
+
+
+@pytest.mark.parametrize("part", ["encoder", "quant_conv", "decoder", "post_quant_conv"])
+def test_only_what_encodes_decides_what_is_encoded_anew(
+    pictures: Path, tiny: Any, part: str
+) -> None:
+    vae, data = tiny()["vae"], looked_at(pictures)
+    before = cached_latents(data, vae, ALONE).folder
+    with torch.no_grad():
+        next(vae.get_submodule(part).parameters()).add_(0.1)
+    after = cached_latents(data, vae, ALONE).folder
+    assert (after == before) is (part in {"decoder", "post_quant_conv"})
 
 
 @pytest.mark.parametrize("name", ["2.png", "0.mask.png"])
