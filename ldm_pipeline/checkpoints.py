@@ -1,4 +1,5 @@
-"""Which pipeline a model is for: `load` picks the class from what it finds.
+"""Which pipeline a model is for: `load` picks the class from what it finds, and diffusers' own
+pickers can be taught our classes.
 
 A model is the bundled one, a folder in Diffusers layout, one `.safetensors` file in the original
 layout, or an id of the Hugging Face hub.
@@ -69,3 +70,17 @@ def load(
 
 def _class(xl: bool) -> type[LatentDiffusionPipeline]:
     return LatentDiffusionXLPipeline if xl else LatentDiffusionPipeline
+
+
+def teach_auto_pipelines() -> None:
+    """Let `AutoPipelineForText2Image`, `…Image2Image` and `…Inpainting` know our classes, so that
+    their `from_pipe` turns one of our pipelines into one of ours, instead of refusing it."""
+    from diffusers.pipelines import auto_pipeline as auto  # it imports every pipeline there is
+
+    for classes in (
+        auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+        auto.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+        auto.AUTO_INPAINT_PIPELINES_MAPPING,
+    ):
+        classes["ldm-pipeline"] = LatentDiffusionPipeline
+        classes["ldm-pipeline-xl"] = LatentDiffusionXLPipeline

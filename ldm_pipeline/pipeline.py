@@ -361,16 +361,3 @@ class LatentDiffusionPipeline(
             raise UserError(f"this pipeline has no text_encoder to {ENCODING}")
         if request.prompt_embeds is None:
             text.check_clip_skip(self.text_encoder, request.clip_skip)
-
-
-def teach_auto_pipelines() -> None:
-    """Let `AutoPipelineForText2Image`, `…Image2Image` and `…Inpainting` know our class, so that
-    their `from_pipe` turns one of our pipelines into one of ours, instead of refusing it."""
-    from diffusers.pipelines import auto_pipeline as auto  # it imports every pipeline there is
-
-    for classes in (
-        auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
-        auto.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
-        auto.AUTO_INPAINT_PIPELINES_MAPPING,
-    ):
-        classes["ldm-pipeline"] = LatentDiffusionPipeline
