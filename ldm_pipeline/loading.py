@@ -193,15 +193,16 @@ class FolderPipeline(DiffusionPipeline):
     ) -> Self:
         """A pipeline over the parts of another one, ours or stock: no weight is copied.
 
-        `components` take the place of the other's parts. Unless a `dtype` is given the weights
-        keep theirs: they are the other pipeline's too. (Stock makes them float32.) Raises
-        `UserError` for a component that no such pipeline has.
+        `components` take the place of the other's parts, and settings that both kinds have stay.
+        Unless a `dtype` is given the weights keep theirs: they are the other pipeline's too. (Stock
+        makes them float32.) Raises `UserError` for a component that no such pipeline has.
         """
-        known, _ = cls._get_signature_keys(cls)
+        known, optional = cls._get_signature_keys(cls)
         for name in components:
             choose("component", name, known)
         parts = {name: part for name, part in pipeline.components.items() if name in known}
-        made = cls(**{**dict.fromkeys(known), **parts, **components})
+        settings = {name: pipeline.config[name] for name in optional if name in pipeline.config}
+        made = cls(**{**settings, **dict.fromkeys(known), **parts, **components})
         made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         wanted = dtype or torch_dtype
         return made if wanted is None else made.to(wanted)
