@@ -180,10 +180,12 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
                             needs no history
         aesthetic_score     with its negative one, what refiners are told
 
-        In three points this differs from stock. `negative_original_size` and its like go to the
+        In four points this differs from stock. `negative_original_size` and its like go to the
         negative half of every image; stock mixes the halves up where there are several. A
         `negative_crops_coords_top_left` is heard with an `image`, too. And where inpainting ends
-        early (`denoising_end`), what is known is left at the level of the rest, not clean.
+        early (`denoising_end`), what is known is left at the level of the rest, not clean. And an
+        autoencoder in bfloat16 encodes in it (stock makes it float32 for that moment, under the
+        hands of other threads).
 
         Returns `images`, as a `StableDiffusionXLPipelineOutput` or, without `return_dict`, a tuple.
         Raises `UserError`, before any network is called, for what cannot be drawn.
