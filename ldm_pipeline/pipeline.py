@@ -73,6 +73,8 @@ class LatentDiffusionPipeline(
     _optional_components: ClassVar = ["safety_checker", "feature_extractor", "image_encoder"]
     _exclude_from_cpu_offload: ClassVar = ["safety_checker"]
     _callback_tensor_inputs: ClassVar = [*CALLBACK_TENSORS, *MASK_TENSORS]
+    request_class: ClassVar[type[Request]] = Request
+    """What a call is checked as; it knows the tasks, and their defaults."""
 
     def __init__(
         self,

@@ -68,6 +68,7 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
     ]
     _exclude_from_cpu_offload: ClassVar = []
     _callback_tensor_inputs: ClassVar = [*XL_CALLBACK_TENSORS, *MASK_TENSORS]
+    request_class = RequestXL
     _saved_class_name = "StableDiffusionXLPipeline"
     safety_checker: ClassVar = None
 
