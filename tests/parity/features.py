@@ -260,7 +260,7 @@ def save_adapters(folder: Path, unet: Any, count: int = 1) -> None:
 @cache
 def adapted(task: Task) -> Pair:
     """A pair with an IP-Adapter, which our loader put in."""
-    ours: Any = task.pair(task.parts())[0]
+    ours = task.pair(task.parts())[0]
     with tempfile.TemporaryDirectory() as folder:
         save_adapters(Path(folder), ours.unet)
         ours.load_ip_adapter(folder, "models", "0.safetensors")
@@ -282,7 +282,7 @@ def image_prompts(task: Task) -> float:
 
 def image_embeddings(task: Task) -> float:
     """The same, encoded before."""
-    pair: Any = adapted(task)
+    pair = adapted(task)
     embeds = pair[0].prepare_ip_adapter_image_embeds(SHOWN, None, "cpu", 1, True)
     found, mine = compared(pair, **task.asked(), ip_adapter_image_embeds=embeds)
     assert np.array_equal(mine, compared(pair, **task.asked(), ip_adapter_image=SHOWN)[1])

@@ -37,7 +37,8 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 
 PROMPTS = ["a red star", "two blue boats on the sea"]
 
-Pair = tuple[LatentDiffusionPipeline, Any]
+Pair = tuple[Any, Any]
+"""Ours, of either class, and a stock one."""
 
 FRESH = ("generator", "callback_on_step_end")
 """Arguments that a run uses up: tests pass functions that make them."""

@@ -43,7 +43,7 @@ def adapters(tmp_path_factory: pytest.TempPathFactory, components: dict[str, Any
 
 
 def test_an_adapter_comes_and_goes(tiny: Callable[..., Any], adapters: Path) -> None:
-    ours: Any = both(tiny())[0]
+    ours = both(tiny())[0]
 
     def drawn(**more: Any) -> torch.Tensor:
         told = {**ASKED, "generator": seeded(1, 2), "output_type": "latent", **more}
@@ -84,7 +84,7 @@ def test_what_is_read_of_a_picture(tiny: Callable[..., Any], adapters: Path, hid
 
 
 def test_pictures_as_prompts_that_cannot_be_meant(tiny: Callable[..., Any], adapters: Path) -> None:
-    pipe: Any = both(tiny())[0]
+    pipe = both(tiny())[0]
     with pytest.raises(UserError, match="no IP-Adapter is loaded"):
         pipe("a", ip_adapter_image=picture())
     with pytest.raises(UserError, match="a pickle can run any program"):
