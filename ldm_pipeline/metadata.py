@@ -91,7 +91,7 @@ class Origin:
         return Origin(
             image=(image[0], image[1]),
             mask=None if mask is None else (mask[0], mask[1]),
-            strength=float(values["strength"]),
+            strength=None if values["strength"] is None else float(values["strength"]),
             exact_steps=bool(values["exact_steps"]),
             keep=bool(values["keep"]),
             grow=(left, top, right, bottom),
