@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 from ldm_pipeline.errors import UserError
 
 if TYPE_CHECKING:
-    from ldm_pipeline.checkpoints import load
-    from ldm_pipeline.pipeline import LatentDiffusionPipeline, teach_auto_pipelines
+    from ldm_pipeline.checkpoints import load, teach_auto_pipelines
+    from ldm_pipeline.pipeline import LatentDiffusionPipeline
     from ldm_pipeline.pipeline_xl import LatentDiffusionXLPipeline
     from ldm_pipeline.request import Request
 
@@ -34,7 +34,7 @@ _HOMES = {
     "LatentDiffusionPipeline": "ldm_pipeline.pipeline",
     "LatentDiffusionXLPipeline": "ldm_pipeline.pipeline_xl",
     "load": "ldm_pipeline.checkpoints",
-    "teach_auto_pipelines": "ldm_pipeline.pipeline",
+    "teach_auto_pipelines": "ldm_pipeline.checkpoints",
     "Request": "ldm_pipeline.request",
 }
 

@@ -1,4 +1,5 @@
-"""Which pipeline a model is for: `load` picks the class from what it finds.
+"""Which pipeline a model is for: `load` picks the class from what it finds, and diffusers' own
+pickers can be taught our classes.
 
 A model is the bundled one, a folder in Diffusers layout, one `.safetensors` file in the original
 layout, or an id of the Hugging Face hub.
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.loading import fetched_index, single_file
+from ldm_pipeline.loading import fetched_index, one_dtype, single_file
 from ldm_pipeline.models import bundled, folders
 from ldm_pipeline.models.original.families import SDXL
 from ldm_pipeline.pipeline import LatentDiffusionPipeline
@@ -43,15 +44,13 @@ def load(
     cannot be opened, or not safely.
     """
     place = bundled.folder() if source == "bundled" else Path(source).expanduser()
-    if dtype is not None and torch_dtype is not None:
-        raise UserError("dtype and torch_dtype were both passed; pass only dtype")
+    dtype = one_dtype(dtype, torch_dtype)
     if place.is_file():
         for name, value in {"variant": variant, "revision": revision}.items():
             if value is not None:
                 raise UserError(f"{name} is for folders and hub ids, and {source} is a file")
         checkpoint = single_file(place, prediction_type=prediction_type, tokenizer=tokenizer)
-        cls = _class(checkpoint.family is SDXL)
-        return cls.from_checkpoint(checkpoint, dtype or torch_dtype or torch.float32)
+        return _class(checkpoint.family is SDXL).from_checkpoint(checkpoint, dtype)
     asked = {"prediction_type": prediction_type, "tokenizer": tokenizer}
     for name, given in asked.items():
         if given is not None:
@@ -61,7 +60,7 @@ def load(
     contents = folders.index(place) if place.is_dir() else fetched_index(str(source), **hub)
     return _class(folders.is_xl(contents)).from_pretrained(
         place if place.is_dir() else source,
-        dtype=dtype or torch_dtype,
+        dtype=dtype,
         variant=variant,
         **hub,
     )
@@ -69,3 +68,17 @@ def load(
 
 def _class(xl: bool) -> type[LatentDiffusionPipeline]:
     return LatentDiffusionXLPipeline if xl else LatentDiffusionPipeline
+
+
+def teach_auto_pipelines() -> None:
+    """Let `AutoPipelineForText2Image`, `…Image2Image` and `…Inpainting` know our classes, so that
+    their `from_pipe` turns one of our pipelines into one of ours, instead of refusing it."""
+    from diffusers.pipelines import auto_pipeline as auto  # it imports every pipeline there is
+
+    for classes in (
+        auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
+        auto.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
+        auto.AUTO_INPAINT_PIPELINES_MAPPING,
+    ):
+        classes["ldm-pipeline"] = LatentDiffusionPipeline
+        classes["ldm-pipeline-xl"] = LatentDiffusionXLPipeline

@@ -79,8 +79,7 @@ class FolderPipeline(DiffusionPipeline):
         """
         if not use_safetensors:
             raise UserError("use_safetensors=False is refused: a pickle can run any program")
-        if dtype is not None and torch_dtype is not None:
-            raise UserError("dtype and torch_dtype were both passed; pass only dtype")
+        dtype = one_dtype(dtype, torch_dtype)
         given = {
             "vae": vae,
             "text_encoder": text_encoder,
@@ -113,7 +112,7 @@ class FolderPipeline(DiffusionPipeline):
                 scheduler_class(scheduler[1], folder)
             pipeline: Self = super().from_pretrained(
                 str(folder),
-                **dtype_argument(dtype or torch_dtype or torch.float32),
+                **dtype_argument(dtype),
                 variant=variant or folders.only_variant(folder),
                 device_map=device_map,
                 use_safetensors=True,
@@ -154,7 +153,7 @@ class FolderPipeline(DiffusionPipeline):
         checkpoint = single_file(
             file, prediction_type=prediction_type, tokenizer=tokenizer_folder, given=parts
         )
-        return cls.from_checkpoint(checkpoint, dtype or torch_dtype or torch.float32, parts)
+        return cls.from_checkpoint(checkpoint, one_dtype(dtype, torch_dtype), parts)
 
     @classmethod
     def from_checkpoint(
@@ -193,15 +192,16 @@ class FolderPipeline(DiffusionPipeline):
     ) -> Self:
         """A pipeline over the parts of another one, ours or stock: no weight is copied.
 
-        `components` take the place of the other's parts. Unless a `dtype` is given the weights
-        keep theirs: they are the other pipeline's too. (Stock makes them float32.) Raises
-        `UserError` for a component that no such pipeline has.
+        `components` take the place of the other's parts, and settings that both kinds have stay.
+        Unless a `dtype` is given the weights keep theirs: they are the other pipeline's too. (Stock
+        makes them float32.) Raises `UserError` for a component that no such pipeline has.
         """
-        known, _ = cls._get_signature_keys(cls)
+        known, optional = cls._get_signature_keys(cls)
         for name in components:
             choose("component", name, known)
         parts = {name: part for name, part in pipeline.components.items() if name in known}
-        made = cls(**{**dict.fromkeys(known), **parts, **components})
+        settings = {name: pipeline.config[name] for name in optional if name in pipeline.config}
+        made = cls(**{**settings, **dict.fromkeys(known), **parts, **components})
         made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         wanted = dtype or torch_dtype
         return made if wanted is None else made.to(wanted)
@@ -215,6 +215,13 @@ class FolderPipeline(DiffusionPipeline):
         contents = json.loads(super().to_json_string())
         contents["_class_name"] = self._stock_class_name()
         return json.dumps(contents, indent=2, sort_keys=True) + "\n"
+
+
+def one_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype that was asked for under its name or its older one; float32 where none was."""
+    if dtype is not None and torch_dtype is not None:
+        raise UserError("dtype and torch_dtype were both passed; pass only dtype")
+    return dtype or torch_dtype or torch.float32
 
 
 def single_file(

@@ -45,16 +45,17 @@ RECORDED_PACKAGES = ("ldm-pipeline", "torch", "diffusers", "transformers", "nump
 class Origin:
     """The picture that one was drawn out of, or into, and how.
 
-    `image` and `mask` are file names as they were given, each with the SHA-256 of the file. With
-    `keep` the pixels outside the mask are the picture's own. `crop` is the margin around the mask
-    of the part that was drawn. `grow` holds the pixels painted on at the left, top, right and
+    `image` and `mask` are file names as they were given, each with the SHA-256 of the file.
+    `strength` is None as long as nobody named one and the model is not known. With `keep` the
+    pixels outside the mask are the picture's own. `crop` is the margin around the mask of the part
+    that was drawn. `grow` holds the pixels painted on at the left, top, right and
     bottom. `height` and `width` are the sizes that were asked for; without them the picture's own
     decides.
     """
 
     image: tuple[str, str]
     mask: tuple[str, str] | None = None
-    strength: float = 1.0
+    strength: float | None = None
     exact_steps: bool = False
     keep: bool = True
     crop: int | None = None
@@ -64,7 +65,8 @@ class Origin:
 
     def words(self) -> list[str]:
         """The arguments of `ldm generate` that ask for this."""
-        words = [f"--image={self.image[0]}", "--strength", repr(self.strength)]
+        words = [f"--image={self.image[0]}"]
+        words += ["--strength", repr(self.strength)] if self.strength is not None else []
         if self.mask is not None:
             words += [f"--mask={self.mask[0]}"]
         words += ["--height", str(self.height)] if self.height is not None else []
@@ -89,7 +91,7 @@ class Origin:
         return Origin(
             image=(image[0], image[1]),
             mask=None if mask is None else (mask[0], mask[1]),
-            strength=float(values["strength"]),
+            strength=None if values["strength"] is None else float(values["strength"]),
             exact_steps=bool(values["exact_steps"]),
             keep=bool(values["keep"]),
             grow=(left, top, right, bottom),
@@ -192,6 +194,7 @@ class Recipe:
         own = self.sampler and SAMPLERS.get(self.sampler, self.sampler)
         loras = [f"{_name(file)}:{_shortest(weight)}" for file, weight in self.loras]
         loras += [f"{_name(self.lcm)}:1"] if self.lcm else []
+        strength = self.origin.strength if self.origin else None
         values = {
             "Steps": str(self.steps),
             "Sampler": own or ("model default" if self.lcm is None else "LCM"),
@@ -200,7 +203,7 @@ class Recipe:
             "Size": f"{self.size[1]}x{self.size[0]}",
             "Model": _name(self.model),
             "LoRA": ", ".join(loras),
-            "Denoising strength": _shortest(self.origin.strength) if self.origin else "",
+            "Denoising strength": _shortest(strength) if strength is not None else "",
         }
         told = [f"{name}: {_quoted(value)}" for name, value in values.items() if value]
         return "\n".join([*lines, ", ".join(told)])

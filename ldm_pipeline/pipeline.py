@@ -50,7 +50,7 @@ from ldm_pipeline.request import (
     Request,
     Text,
 )
-from ldm_pipeline.running import Callback, Run, under_way
+from ldm_pipeline.running import Callback, Run, tensors_for, under_way
 
 ENCODING = "encode a prompt (prompt_embeds and negative_prompt_embeds do without)"
 
@@ -73,6 +73,8 @@ class LatentDiffusionPipeline(
     _optional_components: ClassVar = ["safety_checker", "feature_extractor", "image_encoder"]
     _exclude_from_cpu_offload: ClassVar = ["safety_checker"]
     _callback_tensor_inputs: ClassVar = [*CALLBACK_TENSORS, *MASK_TENSORS]
+    request_class: ClassVar[type[Request]] = Request
+    """What a call is checked as; it knows the tasks, and their defaults."""
 
     def __init__(
         self,
@@ -181,20 +183,16 @@ class LatentDiffusionPipeline(
         ("np") or a tensor [B, 3, H, W] ("pt"), both in [0, 1], or the latents ("latent").
         Raises `UserError`, before any network is called, for what cannot be drawn.
         """
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if num_inference_steps is None:
-            num_inference_steps = LCM_STEPS if lcm else STEPS
-        if guidance_scale is None:
-            guidance_scale = LCM_GUIDANCE if lcm and self._steerable else GUIDANCE
+        usual_steps, usual_guidance = self._usual(lcm, GUIDANCE)
+        names = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
         request = Request(
             prompt=prompt,
             height=height,
             width=width,
-            num_inference_steps=num_inference_steps,
+            num_inference_steps=usual_steps if num_inference_steps is None else num_inference_steps,
             timesteps=timesteps,
             sigmas=sigmas,
-            guidance_scale=guidance_scale,
+            guidance_scale=usual_guidance if guidance_scale is None else guidance_scale,
             negative_prompt=negative_prompt,
             num_images_per_prompt=num_images_per_prompt,
             eta=eta,
@@ -215,7 +213,7 @@ class LatentDiffusionPipeline(
             cross_attention_kwargs=cross_attention_kwargs,
             guidance_rescale=guidance_rescale,
             clip_skip=clip_skip,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback_on_step_end_tensor_inputs=names,
             sampler=sampler,
             seed=seed,
             guidance_interval=guidance_interval,
@@ -237,6 +235,12 @@ class LatentDiffusionPipeline(
             images, unsafe = self._finish(z, request, canvas)
         self.maybe_free_model_hooks()
         return images, unsafe
+
+    def _usual(self, lcm: bool | str | os.PathLike[str], guidance: float) -> tuple[int, float]:
+        """Steps and guidance where nobody names them; `guidance` without `lcm`."""
+        if not lcm:
+            return STEPS, guidance
+        return LCM_STEPS, LCM_GUIDANCE if self._steerable else guidance
 
     def _begin(self, request: Request) -> Run:
         """The values with which a run starts."""
@@ -361,16 +365,3 @@ class LatentDiffusionPipeline(
             raise UserError(f"this pipeline has no text_encoder to {ENCODING}")
         if request.prompt_embeds is None:
             text.check_clip_skip(self.text_encoder, request.clip_skip)
-
-
-def teach_auto_pipelines() -> None:
-    """Let `AutoPipelineForText2Image`, `…Image2Image` and `…Inpainting` know our class, so that
-    their `from_pipe` turns one of our pipelines into one of ours, instead of refusing it."""
-    from diffusers.pipelines import auto_pipeline as auto  # it imports every pipeline there is
-
-    for classes in (
-        auto.AUTO_TEXT2IMAGE_PIPELINES_MAPPING,
-        auto.AUTO_IMAGE2IMAGE_PIPELINES_MAPPING,
-        auto.AUTO_INPAINT_PIPELINES_MAPPING,
-    ):
-        classes["ldm-pipeline"] = LatentDiffusionPipeline

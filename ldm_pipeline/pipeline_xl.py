@@ -34,7 +34,7 @@ from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import autoencoder
 from ldm_pipeline.models.conditioning import time_ids
 from ldm_pipeline.pipeline import LatentDiffusionPipeline
-from ldm_pipeline.request import LCM_GUIDANCE, LCM_STEPS, MASK_TENSORS, STEPS, Request, Text
+from ldm_pipeline.request import MASK_TENSORS, Request, Text
 from ldm_pipeline.request_xl import (
     XL_CALLBACK_TENSORS,
     XL_GUIDANCE,
@@ -42,7 +42,7 @@ from ldm_pipeline.request_xl import (
     Pair,
     RequestXL,
 )
-from ldm_pipeline.running import Callback, Run, halves
+from ldm_pipeline.running import Callback, Run, halves, tensors_for
 from ldm_pipeline.two_texts import TwoTexts
 
 logger = logging.getLogger(__name__)
@@ -68,6 +68,7 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
     ]
     _exclude_from_cpu_offload: ClassVar = []
     _callback_tensor_inputs: ClassVar = [*XL_CALLBACK_TENSORS, *MASK_TENSORS]
+    request_class = RequestXL
     _saved_class_name = "StableDiffusionXLPipeline"
     safety_checker: ClassVar = None
 
@@ -180,34 +181,32 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
                             needs no history
         aesthetic_score     with its negative one, what refiners are told
 
-        In three points this differs from stock. `negative_original_size` and its like go to the
+        In four points this differs from stock. `negative_original_size` and its like go to the
         negative half of every image; stock mixes the halves up where there are several. A
         `negative_crops_coords_top_left` is heard with an `image`, too. And where inpainting ends
-        early (`denoising_end`), what is known is left at the level of the rest, not clean.
+        early (`denoising_end`), what is known is left at the level of the rest, not clean. And an
+        autoencoder in bfloat16 encodes in it (stock makes it float32 for that moment, under the
+        hands of other threads).
 
         Returns `images`, as a `StableDiffusionXLPipelineOutput` or, without `return_dict`, a tuple.
         Raises `UserError`, before any network is called, for what cannot be drawn.
         """
-        if isinstance(callback_on_step_end, PipelineCallback | MultiPipelineCallbacks):
-            callback_on_step_end_tensor_inputs = callback_on_step_end.tensor_inputs
-        if num_inference_steps is None:
-            num_inference_steps = LCM_STEPS if lcm else STEPS
-        if guidance_scale is None:
-            usual = XL_GUIDANCE if mask_image is None else XL_PAINTING_GUIDANCE
-            guidance_scale = LCM_GUIDANCE if lcm and self._steerable else usual
+        guidance = XL_GUIDANCE if mask_image is None else XL_PAINTING_GUIDANCE
+        usual_steps, usual_guidance = self._usual(lcm, guidance)
+        names = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
         request = RequestXL(
             prompt=prompt,
             prompt_2=prompt_2,
             height=height,
             width=width,
-            num_inference_steps=num_inference_steps,
+            num_inference_steps=usual_steps if num_inference_steps is None else num_inference_steps,
             timesteps=timesteps,
             sigmas=sigmas,
             denoising_start=denoising_start,
             denoising_end=denoising_end,
             aesthetic_score=aesthetic_score,
             negative_aesthetic_score=negative_aesthetic_score,
-            guidance_scale=guidance_scale,
+            guidance_scale=usual_guidance if guidance_scale is None else guidance_scale,
             negative_prompt=negative_prompt,
             negative_prompt_2=negative_prompt_2,
             num_images_per_prompt=num_images_per_prompt,
@@ -237,7 +236,7 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
             negative_crops_coords_top_left=negative_crops_coords_top_left,
             negative_target_size=negative_target_size,
             clip_skip=clip_skip,
-            callback_on_step_end_tensor_inputs=callback_on_step_end_tensor_inputs,
+            callback_on_step_end_tensor_inputs=names,
             sampler=sampler,
             seed=seed,
             guidance_interval=guidance_interval,

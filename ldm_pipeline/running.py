@@ -17,6 +17,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from torch import Tensor
 
 from ldm_pipeline.diffusion import loop
@@ -101,6 +102,12 @@ class Run:
     def adapter_scale(self) -> float | None:
         """The factor on adapter layers that the caller asked for, or None."""
         return (self.cross_attention_kwargs or {}).get("scale")
+
+
+def tensors_for(callback: Any, names: Sequence[str]) -> Sequence[str]:
+    """The tensors that a callback is handed: `names`, or those that one of diffusers' own wants."""
+    own = isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
+    return callback.tensor_inputs if own else names
 
 
 def halves(negative: Tensor | None, prompted: Tensor) -> Tensor:

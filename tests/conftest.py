@@ -124,14 +124,24 @@ def tiny_scheduler(**settings: Any) -> Any:
     return DDIMScheduler(**{**config, **settings})
 
 
-def build(*, time_cond_proj_dim: int | None = None, scheduler: Any = None) -> Components:
-    """The components of one tiny pipeline, under the names that pipelines give them."""
+XL_UNET: dict[str, Any] = {
+    "cross_attention_dim": 64,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 24 + 6 * 8,
+}
+"""What SDXL's UNet reads: both encoders side by side, the pooled answer and six sizes."""
+
+
+def build(*, scheduler: Any = None, **unet: Any) -> Components:
+    """The components of one tiny pipeline, under the names that pipelines give them; `unet` are
+    settings of its UNet."""
     tokenizer = tiny_tokenizer()
     return {
         "vae": tiny_vae(),
         "text_encoder": tiny_text_encoder(len(tokenizer)),
         "tokenizer": tokenizer,
-        "unet": tiny_unet(time_cond_proj_dim),
+        "unet": tiny_unet(**unet),
         "scheduler": scheduler if scheduler is not None else tiny_scheduler(),
         "safety_checker": None,
         "feature_extractor": None,
@@ -139,7 +149,7 @@ def build(*, time_cond_proj_dim: int | None = None, scheduler: Any = None) -> Co
     }
 
 
-def build_xl() -> Components:
+def build_xl(*, scheduler: Any = None, **unet: Any) -> Components:
     """The components of one tiny pipeline of SDXL's shape: its two text encoders differ, and so do
     their tokenizers, of which the second pads with another token."""
     tokenizer, tokenizer_2 = tiny_tokenizer(), tiny_tokenizer()
@@ -153,25 +163,20 @@ def build_xl() -> Components:
         "text_encoder_2": text_encoder_2,
         "tokenizer": tokenizer,
         "tokenizer_2": tokenizer_2,
-        "unet": tiny_unet(
-            cross_attention_dim=64,
-            addition_embed_type="text_time",
-            addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=24 + 6 * 8,
-        ),
-        "scheduler": tiny_scheduler(),
+        "unet": tiny_unet(**{**XL_UNET, **unet}),
+        "scheduler": scheduler if scheduler is not None else tiny_scheduler(),
     }
 
 
 @pytest.fixture(scope="session")
 def tiny() -> Callable[..., Components]:
-    """Builds fresh tiny components: tiny(time_cond_proj_dim=None, scheduler=None)."""
+    """Builds fresh tiny components: tiny(scheduler=None, and settings of the UNet)."""
     return build
 
 
 @pytest.fixture(scope="session")
-def tiny_xl() -> Callable[[], Components]:
-    """Builds fresh tiny components of SDXL's shape."""
+def tiny_xl() -> Callable[..., Components]:
+    """Builds fresh tiny components of SDXL's shape, as `tiny` does."""
     return build_xl
 
 

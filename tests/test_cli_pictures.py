@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from ldm_pipeline import LatentDiffusionPipeline, LatentDiffusionXLPipeline
 from ldm_pipeline.commands import generate
 from ldm_pipeline.commands.pictures import read_sides
 from ldm_pipeline.errors import UserError
@@ -124,6 +126,23 @@ def test_the_whole_picture_stays_where_it_grows(ldm: Ldm, model: Path) -> None:
     words = ["generate", "a", "--model", str(model), "--steps", "1", "-o", "b.png"]
     assert ldm(*words, *ASKED["around it"].split())[0] == 0
     assert (pixels("b.png")[:20, 3:33] == pixels("a.png")).all()
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("xl,strengths", [(False, (0.8, 1.0)), (True, (0.3, 0.9999))])
+def test_the_strength_that_nobody_named_is_that_of_the_model_s_kind(
+    xl: bool, strengths: tuple[float, float], ldm: Ldm, tiny: Any, tiny_xl: Any, tmp_path: Path
+) -> None:
+    """As its stock pipelines have it; the picture remembers it."""
+    kind = LatentDiffusionXLPipeline if xl else LatentDiffusionPipeline
+    kind(**(tiny_xl if xl else tiny)()).save_pretrained(tmp_path / "model")
+    words = ["generate", "a", "--model", "model", "--steps", "4", "-o", "b.png", "--seed", "1"]
+    for more, strength in (([], strengths[0]), (["--mask", "hole.png"], strengths[1])):
+        assert ldm(*words, "--image", "a.png", *more)[0] == 0
+        origin = read_recipe(Path("b.png")).origin
+        assert origin is not None
+        assert origin.strength == strength
+        assert redraw(ldm, Path("b.png"), Path("c.png")) == Path("b.png").read_bytes()
 
 
 @pytest.mark.usefixtures("files")

@@ -176,6 +176,9 @@ def run(args: argparse.Namespace) -> None:
     longest = replace(recipe, prompts=(max(prompts, key=len),))
     check_fits(output, recipe if args.grid else longest)
     pipeline = open_adapted(source, device, dtype, loras)
+    if given is not None:
+        origin = pictures.settled(given.origin, pipeline.request_class.tasks)
+        recipe = replace(recipe, origin=origin)
     pipeline.set_progress_bar_config(disable=args.quiet or len(jobs) > 1 or not sys.stderr.isatty())
     sampler = args.sampler or ("lcm" if args.lcm else "own sampler")
     say(f"seed {seed}, {args.steps} steps, {sampler}, {device} {dtype}")

@@ -12,13 +12,14 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.metadata import Origin, quote
-from ldm_pipeline.request import SIZE_STEP, TASKS
+from ldm_pipeline.request import SIZE_STEP, Task
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -77,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--strength",
         type=float,
-        help="how much is drawn anew, above 0 to 1 (0.8; 1 where only a part is painted)",
+        help="how much is drawn anew, above 0 to 1 (0.8, with a mask 1; for SDXL 0.3 and 0.9999)",
     )
     add("--exact-steps", action="store_true", help="run all --steps whatever the strength")
     add(
@@ -143,7 +144,7 @@ def read(args: argparse.Namespace) -> Given | None:
     origin = Origin(
         image=(str(args.image), _digest(contents)),
         mask=None if mask_contents is None else (str(args.mask), _digest(mask_contents)),
-        strength=_strength(args.strength, painting),
+        strength=args.strength,
         exact_steps=args.exact_steps,
         keep=not args.no_keep,
         crop=args.crop,
@@ -152,6 +153,13 @@ def read(args: argparse.Namespace) -> Given | None:
         width=args.width,
     )
     return Given(origin, image, painted if painting else None, size, drawn)
+
+
+def settled(origin: Origin, tasks: Sequence[Task]) -> Origin:
+    """`origin` with the strength of the task at hand, one of the model's, unless one was named."""
+    painting = origin.mask is not None or any(origin.grow)
+    (task,) = (t for t in tasks if "image" in t.needs and ("mask_image" in t.needs) == painting)
+    return replace(origin, strength=task.strength if origin.strength is None else origin.strength)
 
 
 def read_sides(text: str | None) -> tuple[int, int, int, int]:
@@ -196,12 +204,6 @@ def _contents(flag: str, path: Path) -> bytes:
 
 def _digest(contents: bytes) -> str:
     return hashlib.sha256(contents).hexdigest()
-
-
-def _strength(given: float | None, painting: bool) -> float:
-    """The strength of the task at hand, unless one was given."""
-    (task,) = (t for t in TASKS if "image" in t.needs and ("mask_image" in t.needs) == painting)
-    return task.strength if given is None else given
 
 
 def _paired(mask: Image, image: Image, args: argparse.Namespace) -> Image:

@@ -26,7 +26,7 @@ def is_xl(source: str) -> bool:
     try:
         if not folder.is_dir():
             folder = Path(hf_hub_download(source, folders.INDEX)).parent
-        return str(folders.index(folder).get("_class_name")).startswith("StableDiffusionXL")
+        return folders.is_xl(folders.index(folder))
     except (OSError, ValueError):  # the hub's own errors are of these kinds, as ours are
         return False
 

@@ -12,11 +12,11 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.callbacks import SDCFGCutoffCallback
 from PIL import Image
 
-from ldm_pipeline import LatentDiffusionPipeline
+from ldm_pipeline import LatentDiffusionPipeline, LatentDiffusionXLPipeline
 
 SCHEDULERS: dict[str, dict[str, Any]] = {
     "DDIMScheduler": {},
@@ -37,7 +37,8 @@ SCHEDULERS: dict[str, dict[str, Any]] = {
 
 PROMPTS = ["a red star", "two blue boats on the sea"]
 
-Pair = tuple[LatentDiffusionPipeline, Any]
+Pair = tuple[Any, Any]
+"""Ours, of either class, and a stock one."""
 
 FRESH = ("generator", "callback_on_step_end")
 """Arguments that a run uses up: tests pass functions that make them."""
@@ -62,13 +63,18 @@ def scheduler_of(name: str, **settings: Any) -> Any:
     return made_by(**chosen, **SCHEDULERS[name], **settings)
 
 
-def both(
-    components: dict[str, Any], stock: type[Any] = StableDiffusionPipeline, **changed: Any
-) -> Pair:
-    """Our pipeline and one of the class `stock` over the same components."""
+def both(components: dict[str, Any], stock: Any = None, **changed: Any) -> Pair:
+    """Our pipeline and one of the class `stock` (words alone) over the same components."""
     parts = {**components, **changed}
     copied = {**parts, "scheduler": copy.deepcopy(parts["scheduler"])}
-    pair = (LatentDiffusionPipeline(**parts), stock(**copied, requires_safety_checker=False))
+    pair: Pair
+    if "text_encoder_2" in parts:
+        quiet = {"add_watermarker": False}
+        made = (stock or StableDiffusionXLPipeline)(**copied, **quiet)
+        pair = LatentDiffusionXLPipeline(**parts, **quiet), made
+    else:
+        made = (stock or StableDiffusionPipeline)(**copied, requires_safety_checker=False)
+        pair = LatentDiffusionPipeline(**parts), made
     for pipe in pair:
         pipe.set_progress_bar_config(disable=True)
     return pair
@@ -115,10 +121,11 @@ def change_latents() -> Callable[..., dict[str, Any]]:
 
 
 def change_embeds() -> Callable[..., dict[str, Any]]:
+    """All that the words were made into, and the sizes that SDXL is told."""
+
     def callback(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        tensors["prompt_embeds"] = tensors["prompt_embeds"] * 0.5
-        tensors["negative_prompt_embeds"] = tensors["negative_prompt_embeds"] + 1
-        return tensors
+        told = [name for name in tensors if "embeds" in name or name == "add_time_ids"]
+        return {name: tensors[name] * 0.5 + 0.1 for name in told}
 
     return callback
 

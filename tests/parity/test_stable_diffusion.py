@@ -2,7 +2,7 @@
 
 Every comparison is an exact one (`torch.equal`): both pipelines hold the same random fp32
 components on the CPU, call them on the same tensors in the same order, and so have no reason to
-differ in a single bit.
+differ in a single bit. What all tasks share stands in features.py; here is more of text-to-image.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ import torch
 
 from tests.parity.pairs import (
     PROMPTS,
-    SCHEDULERS,
     assert_same,
     both,
     change_embeds,
@@ -27,15 +26,6 @@ from tests.parity.pairs import (
     seeded,
     stop_early,
 )
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_every_scheduler(components: dict[str, Any], name: str) -> None:
-    pair = both(components, scheduler=scheduler_of(name))
-    four = {"prompt": PROMPTS, "num_images_per_prompt": 2, "num_inference_steps": 4}
-    assert_same(pair, **four, generator=lambda: seeded(1, 2, 3, 4))
-    assert_same(pair, **four, generator=lambda: seeded(5)[0], guidance_scale=1.0)
-    assert_same(pair, prompt="a red star", num_inference_steps=6, guidance_rescale=0.6)
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "DDPMScheduler"])
@@ -150,15 +140,7 @@ def test_encode_prompt(components: dict[str, Any]) -> None:
                 assert torch.equal(mine[1], theirs[1])
 
 
-@pytest.mark.parametrize(
-    "levels", [{"timesteps": [901, 601, 301, 1]}, {"sigmas": [14.6, 5.0, 1.0, 0.3, 0.0]}], ids=str
-)
-def test_custom_levels(components: dict[str, Any], levels: dict[str, Any]) -> None:
-    pair = both(components, scheduler=scheduler_of("EulerDiscreteScheduler"))
-    assert_same(pair, prompt="a red star", num_inference_steps=None, **levels)
-
-
-@pytest.mark.parametrize("name", ["DDIMScheduler", "HeunDiscreteScheduler", "PNDMScheduler"])
+@pytest.mark.parametrize("name", ["DDIMScheduler", "PNDMScheduler"])
 @pytest.mark.parametrize(
     "callback", [change_latents, change_embeds, change_guidance, stop_early, cut_guidance]
 )
@@ -188,21 +170,3 @@ def test_guided_lcm(tiny: Callable[..., dict[str, Any]]) -> None:
     refused = {"guidance_scale": 8.5, "negative_prompt": ["fog", "rain"]}
     assert torch.equal(strong, assert_same(pair, **arguments, **refused))
     assert not torch.equal(strong, assert_same(pair, **arguments, guidance_scale=3.0))
-
-
-@pytest.mark.parametrize("scale", [None, 0.0, 0.5, 1.0])
-def test_lora_scale(tiny: Callable[..., dict[str, Any]], scale: float | None) -> None:
-    """`cross_attention_kwargs["scale"]` scales adapters on the UNet and the text encoder."""
-    from peft import LoraConfig
-
-    parts = tiny()
-    plain = assert_same(both(parts), prompt="a red star", num_inference_steps=2)
-    for part, targets in (("unet", ["to_q", "to_v"]), ("text_encoder", ["q_proj", "v_proj"])):
-        torch.manual_seed(1)
-        config = LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
-        parts[part].add_adapter(config)
-    attention = None if scale is None else {"scale": scale}
-    adapted = assert_same(
-        both(parts), prompt="a red star", num_inference_steps=2, cross_attention_kwargs=attention
-    )
-    assert torch.equal(adapted, plain) == (scale == 0.0)

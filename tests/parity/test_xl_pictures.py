@@ -11,18 +11,8 @@ import torch
 from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline
 
 from ldm_pipeline.errors import UserError
-from tests.parity.pairs import PROMPTS, assert_same, mask, picture, scheduler_of, seeded
-from tests.parity.test_stable_diffusion_xl import both
+from tests.parity.pairs import assert_same, both, mask, picture, scheduler_of, seeded
 
-SIX = [
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "EulerDiscreteScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "UniPCMultistepScheduler",
-    "LCMScheduler",
-]
 TASKS: dict[str, tuple[Any, int, dict[str, Any]]] = {
     "image": (StableDiffusionXLImg2ImgPipeline, 4, {}),
     "mask": (StableDiffusionXLInpaintPipeline, 4, {"mask_image": mask(soft=True)}),
@@ -32,34 +22,14 @@ STEPS: dict[str, Any] = {"num_inference_steps": 4, "image": picture()}
 
 
 @pytest.fixture(scope="module")
-def xl(tiny_xl: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    return tiny_xl()
-
-
-@pytest.fixture(scope="module")
-def parts(xl: dict[str, Any]) -> dict[int, dict[str, Any]]:
+def parts(tiny_xl: Callable[..., dict[str, Any]]) -> dict[int, dict[str, Any]]:
     """The components, by the channels that their UNet reads."""
-    from tests.conftest import tiny_unet
-
-    told = ("addition_embed_type", "addition_time_embed_dim")
-    settings = {name: xl["unet"].config[name] for name in told}
-    room = "projection_class_embeddings_input_dim"
-    settings |= {room: xl["unet"].config[room]}
-    settings |= {"cross_attention_dim": xl["unet"].config.cross_attention_dim}
-    return {4: xl, 9: {**xl, "unet": tiny_unet(in_channels=9, **settings)}}
+    return {channels: tiny_xl(in_channels=channels) for channels in (4, 9)}
 
 
 def pair_of(parts: dict[int, dict[str, Any]], task: str, **changed: Any) -> Any:
     stock, channels, _ = TASKS[task]
     return both(parts[channels], stock, **changed)
-
-
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("name", SIX)
-def test_schedulers(parts: dict[int, dict[str, Any]], task: str, name: str) -> None:
-    pair = pair_of(parts, task, scheduler=scheduler_of(name))
-    told = {**STEPS, **TASKS[task][2], "num_images_per_prompt": 2, "strength": 0.6}
-    assert_same(pair, prompt=PROMPTS, generator=lambda: seeded(1, 2, 3, 4), **told)
 
 
 ARGUMENTS: dict[str, dict[str, Any]] = {

@@ -3,15 +3,18 @@
 autoencoder_folder   an exported autoencoder of 8 channels
 clip_objective       the contrastive objective of 16 channels
 text_folder          its export: text_encoder, tokenizer, clip
+captioned            a function that writes a folder of captioned pictures
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from ldm_pipeline.data.world import Description, Scene, World
 from ldm_pipeline.training import clip
@@ -34,6 +37,17 @@ def _fresh_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def _patient_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     """No test waits for the disk: what is flushed, and when, is looked at by name."""
     monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def captioned(folder: Path, sizes: Sequence[tuple[int, int]], words: str = "red, blue") -> Path:
+    """A new folder of noise of these sizes (width, height): 0.png with 0.txt, `words` and 0, …"""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i, (width, height) in enumerate(sizes):
+        pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(f"{words}, {i}")
+    return folder
 
 
 class SmallWorld(World):

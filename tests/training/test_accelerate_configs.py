@@ -12,16 +12,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from accelerate.commands.config.config_args import load_config_from_file
-from PIL import Image
 from torch import nn
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.files import FILE_NAME
 from ldm_pipeline.processes import ranks
 from ldm_pipeline.training.sharding import Shards, sharding
+from tests.training.conftest import captioned
 from tests.training.test_processes import ROOT, Process, ended, free_port, saved
 
 FOLDER = ROOT / "configs" / "accelerate"
@@ -79,13 +78,7 @@ def test_they_start_one_run_of_two_processes(tmp_path: Path, name: str) -> None:
 def test_sharing_the_base_out_changes_no_adapter(tmp_path: Path) -> None:
     """With text encoders trained, held-out samples and pictures, which one process draws alone;
     the same command again only exports, with no step before."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(7):
-        pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(pictures / f"{i}.png")
-        (pictures / f"{i}.txt").write_text(f"red, blue, {i}")
+    pictures = captioned(tmp_path / "pictures", [(64, 64)] * 7)
     told = [
         "--model=xl", f"--data.source={pictures}", f"--data.cache={tmp_path / 'cache'}",
         "--data.resolution=64", "--data.fixed=true", "--data.held_out=0.4", "--run.steps=5",

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +14,7 @@ from ldm_pipeline.data.cache import ALONE, Cache, Share
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.training.captioned import Captioned, CaptionedSettings, cached_latents
 from tests.shares import together
+from tests.training.conftest import captioned
 
 
 @pytest.fixture
@@ -25,12 +25,7 @@ def pictures(tmp_path: Path) -> Path:
 
 def write_pictures(folder: Path) -> Path:
     """The same five in any folder."""
-    folder.mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(5):
-        pixels = rng.integers(0, 255, (64, 64, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{i}.png")
-        (folder / f"{i}.txt").write_text(f"red, blue, {i}")
+    captioned(folder, [(64, 64)] * 5)
     Image.new("L", (64, 64), 255).save(folder / "0.mask.png")
     return folder
 

@@ -32,6 +32,7 @@ from ldm_pipeline.training.updates import MovingAverage
 from ldm_pipeline.training.world_data import as_tensor
 from tests.conftest import build
 from tests.training import laws
+from tests.training.conftest import captioned
 from tests.training.tiny_lora import open_model
 
 SIZES = [(64, 64)] * 4 + [(96, 32)] * 2
@@ -40,13 +41,7 @@ SIZES = [(64, 64)] * 4 + [(96, 32)] * 2
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Six captioned pictures of two shapes; one has a mask."""
-    place = tmp_path / "pictures"
-    place.mkdir()
-    rng = np.random.default_rng(0)
-    for i, (width, height) in enumerate(SIZES):
-        pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(place / f"{i}.png")
-        (place / f"{i}.txt").write_text(f"red, {i}")
+    place = captioned(tmp_path / "pictures", SIZES, "red")
     Image.fromarray(np.tri(64, dtype=np.uint8) * 255).save(place / "0.mask.png")
     return place
 

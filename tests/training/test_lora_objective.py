@@ -31,6 +31,7 @@ from ldm_pipeline.training.engine import Interrupted, fit
 from ldm_pipeline.training.lora import LoraConfig, LoraObjective
 from ldm_pipeline.training.objective import Batch
 from tests.training import laws
+from tests.training.conftest import captioned
 
 SIZES = [(64, 64), (64, 64), (96, 32), (32, 128), (64, 64), (96, 32), (64, 64)]
 
@@ -57,13 +58,7 @@ class Counted:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Seven captioned pictures of three shapes; one has a mask."""
-    place = tmp_path / "pictures"
-    place.mkdir()
-    rng = np.random.default_rng(0)
-    for i, (width, height) in enumerate(SIZES):
-        pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(place / f"{i}.png")
-        (place / f"{i}.txt").write_text(f"red, blue, {i}")
+    place = captioned(tmp_path / "pictures", SIZES)
     mask = np.zeros((64, 64), dtype=np.uint8)
     mask[:, :32] = 255
     Image.fromarray(mask).save(place / "0.mask.png")

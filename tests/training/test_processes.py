@@ -13,12 +13,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
 from torch import Tensor
 
 from ldm_pipeline.training import checkpoint
+from tests.training.conftest import captioned
 from tests.training.toy import Toy, settings
 
 ROOT = Path(__file__).parents[2]
@@ -131,13 +130,7 @@ def test_two_processes_train_the_adapter_that_one_does(
 ) -> None:
     """10 steps over pictures of three shapes: 2 x 4 samples with buckets are 1 x 8, the learning
     rate and what was seen included."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    rng = np.random.default_rng(0)
-    for i, (width, height) in enumerate([(64, 64), (96, 32), (32, 128)] * 5):
-        pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(pictures / f"{i}.png")
-        (pictures / f"{i}.txt").write_text(f"red, blue, {i}")
+    pictures = captioned(tmp_path / "pictures", [(64, 64), (96, 32), (32, 128)] * 5)
     told = [
         f"--data.source={pictures}", f"--data.cache={tmp_path / 'cache'}", "--data.resolution=64",
         "--data.bucket_step=32", "--data.captions.shuffle_tags=true", "--run.steps=10",
@@ -157,13 +150,7 @@ def test_two_processes_train_the_adapter_that_one_does(
 
 def test_two_processes_distil_what_one_does(tmp_path: Path, started: list[Process]) -> None:
     """With pictures of two shapes, the average of the weights as the target, and what is seen."""
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    rng = np.random.default_rng(0)
-    for i, (width, height) in enumerate([(64, 64), (96, 32)] * 5):
-        pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(pictures / f"{i}.png")
-        (pictures / f"{i}.txt").write_text(f"red, {i}")
+    pictures = captioned(tmp_path / "pictures", [(64, 64), (96, 32)] * 5, "red")
     told = [
         f"--data.source={pictures}", f"--data.cache={tmp_path / 'cache'}", "--data.resolution=64",
         "--data.bucket_step=32", "--data.held_out=0.2", "--run.steps=4", "--run.batch_size=4",

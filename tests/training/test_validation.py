@@ -14,6 +14,7 @@ from torch import Tensor
 from ldm_pipeline.training.adapting import BANDS
 from ldm_pipeline.training.engine import fit
 from ldm_pipeline.training.lora import LoraConfig, LoraObjective
+from tests.training.conftest import captioned
 from tests.training.tiny_lora import open_model
 
 SIZES = [(64, 64), (96, 32), (32, 128)] * 4
@@ -22,14 +23,7 @@ SIZES = [(64, 64), (96, 32), (32, 128)] * 4
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """Twelve captioned pictures of three shapes."""
-    place = tmp_path / "pictures"
-    place.mkdir()
-    rng = np.random.default_rng(0)
-    for i, (width, height) in enumerate(SIZES):
-        pixels = rng.integers(0, 255, (height, width, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(place / f"{i}.png")
-        (place / f"{i}.txt").write_text(f"red, {i}")
-    return place
+    return captioned(tmp_path / "pictures", SIZES, "red")
 
 
 class Watched(LoraObjective):
