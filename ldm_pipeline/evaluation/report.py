@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import (
+    retrieve_latents,
+)
 from tqdm.auto import tqdm
 
 from ldm_pipeline.data.world import Description, Sample, World
@@ -86,14 +89,15 @@ def evaluate(
     steps: int = 25,
     guidance: float = 7.5,
     lcm: bool | str = False,
+    decoder: str | None = None,
     batch_size: int = 16,
     out: Path | None = None,
 ) -> Report:
     """Draw `prompts` prompts of each split (fewer unseen pairs) and count what came out right.
 
-    `pipeline` is a LatentDiffusionPipeline for 128 x 128 pictures, which takes `lcm`. Picture i is
-    drawn with `seed` + i. With `out`, `report.json` and `grid.png` (failures first) are written
-    there.
+    `pipeline` is a LatentDiffusionPipeline for 128 x 128 pictures, which takes `lcm`. `decoder`
+    is what its autoencoder is called in the report, if not its own. Picture i is drawn with `seed`
+    + i. With `out`, `report.json` and `grid.png` (failures first) are written there.
     """
     tested = [World(seed, "test")[i] for i in range(prompts)]
     unseen = [World(seed, "unseen pairs")[i] for i in range(max(1, round(prompts * UNSEEN_SHARE)))]
@@ -135,6 +139,8 @@ def evaluate(
     }
     if lcm:
         settings["lcm"] = str(lcm)
+    if decoder is not None:
+        settings["decoder"] = decoder
     report = Report(shares, reconstruction_psnr(pipeline.vae, RECONSTRUCTED, seed), settings)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -197,7 +203,8 @@ def reconstruction_psnr(vae: Any, pictures: int, seed: int) -> float:
     for first in range(0, pictures, 20):
         x = np.stack([world[i].picture for i in range(first, min(first + 20, pictures))])
         tensor = torch.from_numpy(x).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
-        y = vae.decode(vae.encode(tensor).latent_dist.mean).sample.clamp(-1, 1)
+        y = vae.decode(retrieve_latents(vae.encode(tensor), sample_mode="argmax")).sample
+        y = y.clamp(-1, 1)
         error = ((y.float() - tensor.float()) / 2).square().flatten(1).mean(dim=1)
         values += (-10 * torch.log10(error)).tolist()
     return float(np.mean(values))

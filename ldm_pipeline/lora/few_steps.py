@@ -44,7 +44,7 @@ def few_step_unet(
         return pipe.unet, LcmNote()
     file: str | os.PathLike[str] | None = lcm if lcm is not True else None
     if lcm is True:
-        known = lcm_lora(pipe.unet.config)
+        known = lcm_lora(pipe.unet.config.cross_attention_dim)
         file = bundled.few_step_adapter() if known is None else fetched(known)
     if file is None:
         raise UserError(NO_ADAPTER)
