@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ldm_pipeline.commands.sources import Source, unet_config
+from ldm_pipeline.commands.sources import Source, find, unet_config
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.notes import NO_ADAPTER, read_note
 from ldm_pipeline.lora.published import fetched, lcm_lora
@@ -43,11 +43,15 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def settle_steps(args: argparse.Namespace) -> None:
-    """Put what was not named in place: steps and guidance are others with --lcm."""
+    """Put what was not named in place: steps and guidance are others with --lcm.
+
+    A full LCM, whose UNet is told the guidance, is told the usual one.
+    """
     if args.steps is None:
         args.steps = LCM_STEPS if args.lcm else STEPS
     if args.guidance is None:
-        args.guidance = LCM_GUIDANCE if args.lcm else GUIDANCE
+        told = args.lcm is True and _hears(unet_config(find(args.model)) or {})
+        args.guidance = LCM_GUIDANCE if args.lcm and not told else GUIDANCE
 
 
 def check_eta(eta: float | None, sampler: str | None, lcm: bool | str) -> None:
@@ -78,10 +82,15 @@ def check_lcm(lcm: bool | str, source: Source) -> None:
 
 def _check_own(config: dict[str, Any]) -> None:
     """Refuse a UNet for which there is no adapter; one that hears the guidance needs none."""
-    if config.get("time_cond_proj_dim") is not None:
+    if _hears(config):
         return
     known = lcm_lora(config.get("cross_attention_dim"))
     if known is not None:
         fetched(known)
     elif few_step_adapter() is None:
         raise UserError(NO_ADAPTER)
+
+
+def _hears(config: dict[str, Any]) -> bool:
+    """Whether a UNet is told the guidance, as that of a full LCM."""
+    return config.get("time_cond_proj_dim") is not None
