@@ -10,7 +10,8 @@ table holds medians, after one round that does not count.
 Legend
     seconds    for the whole call, words to a picture in memory
     decoder    its share of the call, with the model's own decoder
-    small      seconds with the small decoder (AutoencoderTiny) in its place
+    small      seconds with the small decoder (AutoencoderTiny) in its place; for sd15 one of random
+               weights in TAESD's shape is taken, unless one is named
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from diffusers import AutoencoderTiny
 from benchmarks import full_architecture, sampling
 from ldm_pipeline import LatentDiffusionPipeline, load
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.models import autoencoder, bundled
+from ldm_pipeline.models import autoencoder, bundled, small_decoder
 from ldm_pipeline.training.autoencoder import psnr
 from ldm_pipeline.training.world_data import fresh_pictures
 
@@ -48,7 +49,7 @@ def main() -> None:
     except UserError as error:
         parser.error(str(error))
     pipe.set_progress_bar_config(disable=True)
-    small = None if args.small is None else AutoencoderTiny.from_pretrained(args.small)
+    small = small_one(args.small, args.model)
     side = args.side or 8 * pipe.unet.config.sample_size
 
     print(sampling.machine(args.device))
@@ -59,8 +60,19 @@ def main() -> None:
         saved = "" if quick is None else f"{call - decoder + quick:8.3f}"
         print(f"{steps:5}  {guidance:8g} {call:8.3f}  {decoder / call:7.1%} {saved}")
     if small is not None and args.model != "sd15":
-        own, quick = faithful(pipe.vae, small.to(pipe.device))
-        print(f"\nPSNR on 64 fresh pictures: {own:.2f} dB, with the small decoder {quick:.2f} dB")
+        own, quick, between = faithful(pipe.vae, small.to(pipe.device))
+        print(f"\nPSNR on 64 fresh pictures: {own:.2f} dB, with the small decoder {quick:.2f} dB;")
+        print(f"of the small decoder's pictures against the full one's: {between:.2f} dB")
+
+
+def small_one(place: Path | None, model: str) -> AutoencoderTiny | None:
+    """The small autoencoder in a folder; without one that of the bundled model, if it is here, and
+    of sd15 one with random weights, whose default shape is TAESD's."""
+    if place is None and model == "sd15":
+        return AutoencoderTiny()
+    if place is None and model == "bundled":
+        place = bundled.small_decoder()
+    return None if place is None else small_decoder.opened(place, torch.float32)
 
 
 def opened(model: str) -> Any:
@@ -115,15 +127,19 @@ def once(
 
 
 @torch.no_grad()
-def faithful(large: Any, small: AutoencoderTiny) -> tuple[float, float]:
-    """PSNR in dB of both decoders on the latents of 64 pictures that no training saw."""
-    values: list[list[float]] = [[], []]
+def faithful(large: Any, small: AutoencoderTiny) -> tuple[float, float, float]:
+    """PSNR in dB on the latents of 64 pictures that no training saw: of both decoders against the
+    pictures, and of the small one against the large one."""
+    values: list[list[float]] = [[], [], []]
     for x in fresh_pictures(64).split(16):
         z, _ = autoencoder.encode(large, x.to(large.device, large.dtype))
-        for told, vae in zip(values, (large, small), strict=True):
-            told += psnr(x, autoencoder.decode(vae, z).clamp(-1, 1).float().cpu()).tolist()
-    own, quick = (statistics.mean(each) for each in values)
-    return own, quick
+        full, quick = (
+            autoencoder.decode(vae, z).clamp(-1, 1).float().cpu() for vae in (large, small)
+        )
+        for told, pair in zip(values, ((x, full), (x, quick), (full, quick)), strict=True):
+            told += psnr(*pair).tolist()
+    own, little, between = (statistics.mean(each) for each in values)
+    return own, little, between
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from ldm_pipeline import LatentDiffusionPipeline, load
-from ldm_pipeline.commands.generate import GUIDANCE
+from ldm_pipeline.commands.steps import GUIDANCE
 from ldm_pipeline.data.world import World
 from ldm_pipeline.data.world.concepts import CONCEPTS, write_concept
 from ldm_pipeline.evaluation.concept import measure_concept

@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
 from ldm_pipeline.diffusion.noise import Noise
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.models.autoencoder import sample, tiled
+from ldm_pipeline.models.autoencoder import Autoencoder, draws_noise, sample, tiled
 from ldm_pipeline.randomness import SharedNoise, first_rows
 from ldm_pipeline.request import Request
 
@@ -53,7 +52,7 @@ class Canvas:
         assert self.mask is not None
         return tiled(torch.nn.functional.interpolate(self.mask, size=size), count)
 
-    def latents(self, vae: AutoencoderKL, request: Request, noise: Noise, like: Tensor) -> Tensor:
+    def latents(self, vae: Autoencoder, request: Request, noise: Noise, like: Tensor) -> Tensor:
         """z [B, C, h, w] of the picture, in the dtype and on the device of `like`.
 
         An encoder may leave its latents with the channels last in memory. Stock image-to-image
@@ -67,7 +66,7 @@ class Canvas:
 
     def staying(
         self,
-        vae: AutoencoderKL,
+        vae: Autoencoder,
         request: Request,
         noise: Noise,
         like: Tensor,
@@ -87,7 +86,8 @@ class Canvas:
         shown = self.image * (self.mask < 0.5)
         if needed:
             return _encoded(shown, vae, request, noise, like)
-        first_rows(noise, _drawn(shown, request, noise)).draw(shape, like.dtype, like.device)
+        if draws_noise(vae):
+            first_rows(noise, _drawn(shown, request, noise)).draw(shape, like.dtype, like.device)
         return None
 
     def keep(self, images: Tensor) -> Tensor:
@@ -157,7 +157,7 @@ def open_canvas(
 
 
 def _encoded(
-    images: Tensor, vae: AutoencoderKL, request: Request, noise: Noise, like: Tensor
+    images: Tensor, vae: Autoencoder, request: Request, noise: Noise, like: Tensor
 ) -> Tensor:
     """Latents [B, C, h, w] of `images` [N, 3, H, W], drawn from the run's own noise, in the dtype
     of `like`; the autoencoder may be kept in a wider one."""

@@ -15,7 +15,7 @@ import torch
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.loading import fetched_index, one_dtype, single_file
-from ldm_pipeline.models import bundled, folders
+from ldm_pipeline.models import bundled, folders, small_decoder
 from ldm_pipeline.models.original.families import SDXL
 from ldm_pipeline.pipeline import LatentDiffusionPipeline
 from ldm_pipeline.pipeline_xl import LatentDiffusionXLPipeline
@@ -33,6 +33,7 @@ def load(
     local_files_only: bool = False,
     prediction_type: str | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
+    decoder: str | os.PathLike[str] | None = None,
 ) -> LatentDiffusionPipeline:
     """The pipeline for the model that `source` names: Stable Diffusion 1.x, 2.x or SDXL.
 
@@ -40,17 +41,25 @@ def load(
     `cache_dir`, `token` and `local_files_only` are for folders and the hub, as they are in
     `from_pretrained`; HF_HUB_OFFLINE is honoured. `prediction_type` and `tokenizer` are for single
     files: what the UNet predicts ("epsilon" or "v_prediction"), and a folder with CLIP's
-    vocabulary, where the file and this machine do not tell. Raises `UserError`, one line, for what
-    cannot be opened, or not safely.
+    vocabulary, where the file and this machine do not tell. `decoder` is the folder of a small
+    autoencoder (`AutoencoderTiny`) to take in place of the model's own; "small" is the one of the
+    bundled model. Raises `UserError`, one line, for what cannot be opened, or not safely.
     """
     place = bundled.folder() if source == "bundled" else Path(source).expanduser()
     dtype = one_dtype(dtype, torch_dtype)
+    parts: dict[str, Any] = {}
+    if decoder is not None:
+        small = small_decoder.find(decoder, of_bundled=source == "bundled")
+        parts["vae"] = small_decoder.opened(small, dtype)
     if place.is_file():
         for name, value in {"variant": variant, "revision": revision}.items():
             if value is not None:
                 raise UserError(f"{name} is for folders and hub ids, and {source} is a file")
-        checkpoint = single_file(place, prediction_type=prediction_type, tokenizer=tokenizer)
-        return _class(checkpoint.family is SDXL).from_checkpoint(checkpoint, dtype)
+        checkpoint = single_file(
+            place, prediction_type=prediction_type, tokenizer=tokenizer, given=parts
+        )
+        cls = _class(checkpoint.family is SDXL)
+        return _fitting(cls.from_checkpoint(checkpoint, dtype, parts), parts)
     asked = {"prediction_type": prediction_type, "tokenizer": tokenizer}
     for name, given in asked.items():
         if given is not None:
@@ -58,12 +67,21 @@ def load(
     hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
     hub["local_files_only"] = local_files_only
     contents = folders.index(place) if place.is_dir() else fetched_index(str(source), **hub)
-    return _class(folders.is_xl(contents)).from_pretrained(
+    pipeline = _class(folders.is_xl(contents)).from_pretrained(
         place if place.is_dir() else source,
         dtype=dtype,
         variant=variant,
         **hub,
+        **parts,
     )
+    return _fitting(pipeline, parts)
+
+
+def _fitting(pipeline: LatentDiffusionPipeline, parts: dict[str, Any]) -> LatentDiffusionPipeline:
+    """`pipeline`, whose `parts` were not its own; `UserError` where they do not fit."""
+    if "vae" in parts:
+        small_decoder.check_fits(parts["vae"], pipeline.unet)
+    return pipeline
 
 
 def _class(xl: bool) -> type[LatentDiffusionPipeline]:

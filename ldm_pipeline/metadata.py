@@ -38,6 +38,9 @@ SAMPLERS = {
 }
 """What other picture tools call our samplers."""
 
+LATER = ("loras", "lcm", "eta", "decoder", "weighted", "origin")
+"""What older pictures' recipes do not hold."""
+
 RECORDED_PACKAGES = ("ldm-pipeline", "torch", "diffusers", "transformers", "numpy", "pillow")
 
 
@@ -106,10 +109,12 @@ class Recipe:
     `prompts` holds one prompt, or, for a grid, one for each of its captions; `n` is the number of
     pictures for each prompt. Picture k of a run uses seed `seed + k`. `sampler` None is the
     model's own. `size` is (height, width) in pixels. `loras` are adapter files with their
-    weights; `lcm` is that of few steps, "" the bundled model's. `weighted` says that prompts were
-    read with weights and BREAK, which older pictures' were not. `origin` is the picture that it was
-    drawn out of, which then says how its size came about. `versions` names the packages that
-    drew it: they do not enter the command, but other versions may round differently.
+    weights; `lcm` is that of few steps, "" the bundled model's. `eta` is the share of fresh noise,
+    None the sampler's own, and `decoder` the small autoencoder, as --decoder names it. `weighted`
+    says that prompts were read with weights and BREAK, which older pictures' were not. `origin` is
+    the picture that it was drawn out of, which then says how its size came about. `versions` names
+    the packages that drew it: they do not enter the command, but other versions may round
+    differently.
     """
 
     prompts: tuple[str, ...]
@@ -121,6 +126,8 @@ class Recipe:
     dtype: str
     model: str = "bundled"
     sampler: str | None = None
+    eta: float | None = None
+    decoder: str | None = None
     negative: str | None = None
     n: int = 1
     grid: bool = False
@@ -140,6 +147,8 @@ class Recipe:
         words += ["--guidance", repr(self.guidance)]
         if self.sampler is not None:
             words += ["--sampler", self.sampler]
+        words += ["--eta", repr(self.eta)] if self.eta is not None else []
+        words += [f"--decoder={self.decoder}"] if self.decoder is not None else []
         if self.negative is not None:
             words += [f"--negative={self.negative}"]
         if self.origin is not None:
@@ -160,18 +169,12 @@ class Recipe:
     def to_json(self) -> str:
         """The recipe as JSON, the same text for the same recipe.
 
-        `loras`, `lcm`, `weighted` and `origin` are left out where there are none: so it was before
-        there were any.
+        What `LATER` names is left out where there is none: so it was before there were any.
         """
         values = asdict(self)
-        if not self.loras:
-            del values["loras"]
-        if self.lcm is None:
-            del values["lcm"]
-        if not self.weighted:
-            del values["weighted"]
-        if self.origin is None:
-            del values["origin"]
+        for name in LATER:
+            if values[name] is None or values[name] is False or values[name] == ():
+                del values[name]
         return json.dumps({"format": FORMAT, **values}, sort_keys=True)
 
     @staticmethod
@@ -202,6 +205,8 @@ class Recipe:
             "Seed": str(self.seed),
             "Size": f"{self.size[1]}x{self.size[0]}",
             "Model": _name(self.model),
+            "VAE": _name(self.decoder) if self.decoder else "",
+            "Eta": "" if self.eta is None else _shortest(self.eta),
             "LoRA": ", ".join(loras),
             "Denoising strength": _shortest(strength) if strength is not None else "",
         }
@@ -231,7 +236,8 @@ def _checked(values: dict[str, Any]) -> Recipe:
     texts = [values["model"], values["device"], values["dtype"], *values["prompts"]]
     texts += [file for file, _ in loras]
     texts += [values[name] for name in ("sampler", "negative") if values[name] is not None]
-    texts += [values["lcm"]] if values.get("lcm") is not None else []
+    texts += [values[name] for name in ("lcm", "decoder") if values.get(name) is not None]
+    eta = values.get("eta")
     whole = [values["seed"], values["steps"], values["n"], *values["size"]]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("a text is missing")
@@ -243,6 +249,7 @@ def _checked(values: dict[str, Any]) -> Recipe:
             **values,
             "prompts": tuple(values["prompts"]),
             "guidance": float(values["guidance"]),
+            "eta": None if eta is None else float(eta),
             "size": (height, width),
             "grid": bool(values["grid"]),
             "loras": loras,

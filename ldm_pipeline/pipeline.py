@@ -22,6 +22,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     SchedulerMixin,
     UNet2DConditionModel,
 )
@@ -78,7 +79,7 @@ class LatentDiffusionPipeline(
 
     def __init__(
         self,
-        vae: AutoencoderKL | None,
+        vae: AutoencoderKL | AutoencoderTiny | None,
         text_encoder: CLIPTextModel | None,
         tokenizer: CLIPTokenizer | None,
         unet: UNet2DConditionModel | None,
@@ -130,7 +131,7 @@ class LatentDiffusionPipeline(
         guidance_scale: float | None = None,
         negative_prompt: Text | None = None,
         num_images_per_prompt: int = 1,
-        eta: float = 0.0,
+        eta: float | None = None,
         generator: torch.Generator | Sequence[torch.Generator] | None = None,
         latents: Tensor | None = None,
         prompt_embeds: Tensor | None = None,

@@ -31,6 +31,8 @@ NATIVE_SAMPLERS = ("ddim", "ddpm", "euler", "euler_a", "heun", "dpmpp_2m", "lcm"
 STOCK_SAMPLERS = ("pndm", "unipc", "deis", "kdpm2", "kdpm2_a", "dpmpp_2s", "dpmpp_2m_sde", "tcd")
 #: Those that consistency models draw with.
 FEW_STEP_SAMPLERS = ("lcm", "tcd")
+#: Those that hear `eta`.
+ETA_SAMPLERS = ("ddim", "tcd")
 #: Every name that `sampler=` accepts.
 SAMPLER_NAMES = NATIVE_SAMPLERS + STOCK_SAMPLERS
 
@@ -108,8 +110,9 @@ class Request:
     seed                        a number (image i is drawn with seed + i) or a list, one per image
     generator                   a torch.Generator, or a list with one per image
     sampler                     one of `SAMPLER_NAMES`; None is the pipeline's own scheduler
-    eta                         0 to 1, the share of fresh noise, for samplers that know it; TCD's
-                                gamma (2402.19159, alg. 4), 0.3 unless it is above 0
+    eta                         0 to 1, the share of fresh noise: of `ETA_SAMPLERS`, and of the
+                                pipeline's own scheduler where it knows it; TCD's gamma (2402.19159,
+                                alg. 4). None is 0, and 0.3 of "tcd"
     clip_skip                   number of the text encoder's last layers to leave out
     output_type                 one of `OUTPUT_TYPES`
     lcm                         the file of an LCM adapter to draw with, in few steps; True is the
@@ -126,7 +129,7 @@ class Request:
     guidance_scale: float = GUIDANCE
     negative_prompt: Text | None = None
     num_images_per_prompt: int = 1
-    eta: float = 0.0
+    eta: float | None = None
     generator: torch.Generator | Sequence[torch.Generator] | None = None
     latents: torch.Tensor | None = None
     image: Any = None
@@ -169,6 +172,11 @@ class Request:
             raise UserError(
                 f"sampler={self.sampler!r} does not go with lcm; leave it out, or choose one of"
                 f" {', '.join(FEW_STEP_SAMPLERS)}"
+            )
+        if self.eta and self.sampler_name not in (None, *ETA_SAMPLERS):
+            raise UserError(
+                f"eta={self.eta!r} does nothing with sampler={self.sampler_name!r}; leave it out,"
+                f" or choose one of {', '.join(ETA_SAMPLERS)}"
             )
         choose("output_type", self.output_type, OUTPUT_TYPES)
         for name in self.callback_on_step_end_tensor_inputs:
@@ -305,7 +313,8 @@ class Request:
             as_whole("clip_skip", self.clip_skip, 0)
         as_number("guidance_scale", self.guidance_scale, 0.0, math.inf)
         as_number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
-        as_number("eta", self.eta, 0.0, 1.0)
+        if self.eta is not None:
+            as_number("eta", self.eta, 0.0, 1.0)
         self._check_interval()
 
     def _check_interval(self) -> None:

@@ -109,6 +109,22 @@ def tiny_vae() -> Any:
     ).eval()
 
 
+def tiny_small_vae(latent_channels: int = 4) -> Any:
+    """A two-level AutoencoderTiny for the same latents."""
+    import torch
+    from diffusers import AutoencoderTiny
+
+    torch.manual_seed(0)
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+        latent_channels=latent_channels,
+        scaling_factor=0.7,
+    ).eval()
+
+
 def tiny_scheduler(**settings: Any) -> Any:
     """Stable Diffusion's noise schedule behind a DDIM scheduler."""
     from diffusers import DDIMScheduler

@@ -6,6 +6,7 @@ ldm     runs the command in this process; gives (exit code, stdout, stderr)
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shlex
@@ -20,9 +21,11 @@ import pytest
 from PIL import Image
 
 from ldm_pipeline.cli import COMMANDS, main
-from ldm_pipeline.commands import adapters, generate
+from ldm_pipeline.commands import adapters, evaluate, generate
 from ldm_pipeline.grid import captioned_grid
 from ldm_pipeline.metadata import Recipe
+from ldm_pipeline.models import bundled
+from tests.conftest import tiny_small_vae
 
 Ldm = Callable[..., tuple[int, str, str]]
 
@@ -62,6 +65,12 @@ REFUSED = {
     "generate x --steps many": "--steps",
     "generate x --guidance nan": "--guidance=nan",
     "generate x --guidance inf": "--guidance=inf",
+    "generate x --eta 0.5": "--sampler ddim or --sampler tcd",
+    "generate x --eta 0.5 --lcm words.txt": "--eta=0.5 does nothing with --lcm",
+    "generate x --eta 0.5 --sampler euler": "--eta=0.5",
+    "generate x --eta 2 --sampler tcd": "--eta=2.0",
+    "generate x --decoder nowhere": "--decoder='nowhere' is no folder",
+    "evaluate --decoder nowhere": "--decoder='nowhere'",
     "generate x --height 100": "multiple of 8",
     "generate x --width 12": "multiple of 8",
     "generate x --n 0": "--n=0",
@@ -183,6 +192,61 @@ def test_the_shown_command_draws_the_same_bytes(
     assert (code, out) == (0, "a.png\n")
     assert "seed" in err
     assert redraw(ldm, Path("a.png"), Path("b.png")) == Path("a.png").read_bytes()
+
+
+@pytest.mark.parametrize("eta", ["0.0", "0.8"])
+def test_a_small_decoder_and_gamma_come_back(ldm: Ldm, model: Path, eta: str) -> None:
+    """They change the picture, and the shown command has them."""
+    tiny_small_vae().save_pretrained("small-one")
+    words = ["generate", "a star", "--model", str(model), "--steps", "3", "--seed", "1"]
+    words += ["--sampler", "tcd", "-o", "a.png"]
+    drawn = []
+    for more in ([], ["--eta", eta], ["--eta", eta, "--decoder", "small-one"]):
+        assert ldm(*words, *more)[0] == 0
+        drawn.append(Path("a.png").read_bytes())
+    pixels = []
+    for png in drawn:
+        with Image.open(io.BytesIO(png)) as opened:
+            pixels.append(opened.tobytes())
+    assert len(set(pixels)) == 3
+    assert redraw(ldm, Path("a.png"), Path("b.png")) == drawn[-1]
+    with Image.open("a.png") as opened:
+        assert "VAE: small-one, Eta: " in opened.info["parameters"]
+
+
+def test_few_steps_without_an_adapter_are_refused_before_anything_loads(
+    ldm: Ldm, model: Path, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """By what the model's UNet says of itself; a small decoder that is not there is, too."""
+
+    def loaded(*_: object) -> None:
+        raise ZeroDivisionError("reached the loading of a model")
+
+    for module in (generate, evaluate):
+        monkeypatch.setattr(module, "open_pipeline", loaded)
+    monkeypatch.setattr(bundled, "ASSETS", tmp_path / "none")
+    for words in (["generate", "x"], ["evaluate"]):
+        code, out, err = ldm(*words, "--model", str(model), "--lcm")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "no few-step adapter for this model" in err
+    config = model / "unet/config.json"
+    told = config.read_text()
+    try:
+        config.write_text(json.dumps({**json.loads(told), "cross_attention_dim": 768}))
+        code, out, err = ldm("generate", "x", "--model", str(model), "--lcm")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "latent-consistency/lcm-lora-sdv1-5" in err
+        config.write_text(json.dumps({**json.loads(told), "time_cond_proj_dim": 32}))
+        with pytest.raises(ZeroDivisionError):
+            ldm("generate", "x", "--model", str(model), "--lcm")
+    finally:
+        config.write_text(told)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/model_index.json").write_text("{}")
+    for words in (["generate", "x"], ["evaluate"]):
+        code, out, err = ldm(*words, "--decoder", "small")
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert "--decoder='small': this installation has no small decoder" in err
 
 
 @pytest.mark.parametrize("ending", ["png", "webp", "jpg"])

@@ -26,6 +26,10 @@ SHOWS = re.compile(r"^(plt\.show|sheet)\(", re.MULTILINE)
 EXPECTED = {
     "01_draw": (8, ("the same latents as by hand: True",)),
     "02_lora": (2, ("at weight 0 the pictures are the model's own, bit for bit: True", "errors")),
+    "03_few_steps": (
+        2,
+        ("without the flag the pictures are as before, bit for bit: True", "50 pairs"),
+    ),
 }
 """How many cells of a notebook show pictures, at least, and what it prints."""
 

@@ -88,6 +88,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"guidance_interval": 0.5}, "two fractions"),
     ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
     ({"eta": 2.0}, "eta=2.0"),
+    ({"eta": 0.5, "sampler": "euler"}, "eta=0.5 does nothing with sampler='euler'"),
+    ({"eta": 0.5, "lcm": True}, "does nothing with sampler='lcm'"),
     ({"clip_skip": -1}, "clip_skip=-1"),
     ({"seed": -1}, "seed=-1"),
     ({"seed": 2**63}, "too large"),

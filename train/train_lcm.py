@@ -1,4 +1,4 @@
-"""Distil a LoRA with which a model draws in few steps.
+"""Distil a LoRA with which a model draws in few steps, or with `lcm.full` a whole UNet that does.
 
 On one process or on as many as accelerate is told:
 
@@ -12,7 +12,8 @@ from diffusers import DiffusionPipeline
 
 from ldm_pipeline import load
 from ldm_pipeline.training.launch import launch
-from ldm_pipeline.training.lcm import LcmConfig, LcmObjective
+from ldm_pipeline.training.lcm import LcmConfig
+from ldm_pipeline.training.lcm_full import distillation
 from ldm_pipeline.training.opening import is_xl, open_xl
 
 
@@ -22,4 +23,4 @@ def open_model(source: str, dtype: torch.dtype) -> DiffusionPipeline:
 
 
 if __name__ == "__main__":
-    launch(LcmConfig, partial(LcmObjective, open_model=open_model))
+    launch(LcmConfig, partial(distillation, open_model=open_model))

@@ -26,13 +26,13 @@ from ldm_pipeline.commands.adapters import read_loras
 from ldm_pipeline.commands.generate import (
     Job,
     add_drawing_arguments,
-    check_lcm,
     draw,
     open_adapted,
     pick_device,
     warn_of_unknown_words,
 )
-from ldm_pipeline.commands.sources import Source, find
+from ldm_pipeline.commands.sources import Source, find, find_decoder
+from ldm_pipeline.commands.steps import check_lcm
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.picture_files import FORMATS, check_fits, is_whole, save_picture
 from ldm_pipeline.processes.lock import alone_in, check_writable
@@ -73,8 +73,9 @@ def run(args: argparse.Namespace) -> None:
     choose("--format", args.format, [ending.removeprefix(".") for ending in FORMATS])
     orders = read_orders(args)
     loras = read_loras(args.lora)
-    check_lcm(args.lcm, args.model)
     source = find(args.model)
+    check_lcm(args.lcm, source)
+    find_decoder(args.decoder, source)
     check_writable(args.out, "--out")
 
     from ldm_pipeline.processes.ranks import Ranks, launched, leave
@@ -123,7 +124,8 @@ def _draw_all(
             ]
             warn_of_unknown_words(texts, weighted=not args.plain)
     if mine:
-        pipeline = open_adapted(source, device, dtype, loras)
+        decoder = find_decoder(args.decoder, source)
+        pipeline = open_adapted(source, device, dtype, loras, decoder)
         pipeline.set_progress_bar_config(disable=True)
     with _bar([files[i] for i in missing], args.quiet or ranks.index > 0) as tick:
         for i in mine:

@@ -22,8 +22,8 @@ from ldm_pipeline.commands.generate import (
     read_lines,
     read_prompts,
     recipe_of,
-    settle_steps,
 )
+from ldm_pipeline.commands.steps import settle_steps
 from ldm_pipeline.errors import UserError, suggestion
 from ldm_pipeline.metadata import Recipe
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from ldm_pipeline.commands.flags import in_flags
 from ldm_pipeline.commands.generate import (
     add_model_arguments,
-    add_step_arguments,
-    check_lcm,
     check_place,
-    in_flags,
     pick_device,
-    settle_steps,
 )
 from ldm_pipeline.commands.outputs import check_folder
-from ldm_pipeline.commands.sources import find, open_pipeline
+from ldm_pipeline.commands.sources import find, find_decoder, open_pipeline
+from ldm_pipeline.commands.steps import add_step_arguments, check_lcm, settle_steps
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.request import Request
 
@@ -48,14 +46,15 @@ def run(args: argparse.Namespace) -> None:
             seed=args.seed,
             lcm=args.lcm,
         )
-    check_lcm(args.lcm, args.model)
     check_place(args.device, args.dtype)
     if args.out is not None:
         check_folder(args.out)
     source = find(args.model)
+    check_lcm(args.lcm, source)
+    decoder = find_decoder(args.decoder, source)
 
     device, dtype = pick_device(args.device, args.dtype)
-    pipeline = open_pipeline(source, device, dtype)
+    pipeline = open_pipeline(source, device, dtype, decoder)
 
     from ldm_pipeline.evaluation.report import evaluate
 
@@ -66,6 +65,7 @@ def run(args: argparse.Namespace) -> None:
         steps=args.steps,
         guidance=args.guidance,
         lcm=args.lcm,
+        decoder=args.decoder,
         batch_size=args.batch_size,
         out=args.out,
     )

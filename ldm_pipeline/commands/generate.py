@@ -14,22 +14,21 @@ import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_pipeline.commands import pictures
 from ldm_pipeline.commands.adapters import read_loras
+from ldm_pipeline.commands.flags import in_flags
 from ldm_pipeline.commands.outputs import check_picture
-from ldm_pipeline.commands.sources import BUNDLED, Source, find, open_pipeline
+from ldm_pipeline.commands.sources import BUNDLED, Source, find, find_decoder, open_pipeline
+from ldm_pipeline.commands.steps import add_step_arguments, check_eta, check_lcm, settle_steps
 from ldm_pipeline.errors import UserError, choose
-from ldm_pipeline.lora.notes import NO_ADAPTER, read_note
 from ldm_pipeline.metadata import Recipe, installed_versions
-from ldm_pipeline.models.bundled import few_step_adapter
 from ldm_pipeline.models.prompt_syntax import parse
 from ldm_pipeline.picture_files import check_fits, save_picture
-from ldm_pipeline.request import LCM_GUIDANCE, LCM_STEPS, SAMPLER_NAMES, Request
+from ldm_pipeline.request import SAMPLER_NAMES, Request
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,24 +39,6 @@ PURPOSE = "draw pictures from words"
 
 DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
-STEPS = 25
-"""Denoising steps, unless --steps or --lcm says otherwise."""
-GUIDANCE = 4.0
-"""How strongly pictures follow the words, unless --guidance or --lcm says otherwise."""
-
-FLAGS = {
-    "num_inference_steps": "--steps",
-    "num_images_per_prompt": "--n",
-    "guidance_scale": "--guidance",
-    "height": "--height",
-    "width": "--width",
-    "sampler": "--sampler",
-    "seed": "--seed",
-    "strength": "--strength",
-    "padding_mask_crop": "--crop",
-}
-"""The command's name for each choice of a `Request`."""
-
 Say = Callable[[str], None]
 """Where progress goes: stderr, or nowhere."""
 
@@ -107,6 +88,11 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_step_arguments(parser)
     add("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLER_NAMES)} (the model's own)")
+    add(
+        "--eta",
+        type=float,
+        help="share of fresh noise, 0 to 1: of --sampler ddim (0), and tcd's gamma (0.3)",
+    )
     add("--height", type=int, help="pixels, a multiple of 8 (the model's own)")
     add("--width", type=int, help="pixels, a multiple of 8 (the model's own)")
     add(
@@ -119,25 +105,6 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
 
 
-def add_step_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare how many steps are drawn and how; `evaluate` takes the same."""
-    add = parser.add_argument
-    add("--steps", type=int, help=f"denoising steps ({STEPS}; {LCM_STEPS} with --lcm)")
-    add(
-        "--guidance",
-        type=float,
-        help=f"how strongly to follow the words ({GUIDANCE}; {LCM_GUIDANCE} with --lcm)",
-    )
-    add(
-        "--lcm",
-        nargs="?",
-        const=True,
-        default=False,
-        metavar="FILE",
-        help="few steps, with the LCM adapter in FILE (the bundled model's own)",
-    )
-
-
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare which model to use, where and how precisely; `evaluate` takes the same."""
     add = parser.add_argument
@@ -145,6 +112,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         default=BUNDLED,
         help="a folder in Diffusers layout, a .safetensors file, or a hub id (%(default)s)",
+    )
+    add(
+        "--decoder",
+        metavar="FOLDER",
+        help="a small autoencoder (AutoencoderTiny) in place of the model's own, which draws sooner"
+        " and a little less exactly; small is the bundled model's",
     )
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps or xpu; auto takes a GPU if any")
     add("--dtype", default="auto", help=f"one of {', '.join(DTYPES)}; auto is float32 on a CPU")
@@ -160,10 +133,11 @@ def run(args: argparse.Namespace) -> None:
     pictures.check(args)
     check_drawing(args, prompts, seed)
     loras = read_loras(args.lora)
-    check_lcm(args.lcm, args.model)
     given = pictures.read(args)
     jobs = plan(args, prompts, seed)
     source = find(args.model)
+    check_lcm(args.lcm, source)
+    decoder = find_decoder(args.decoder, source)
     say: Say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
     if source.bundled:
         texts = [*prompts, *([args.negative] if args.negative else [])]
@@ -175,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
     output = check_output(args, prompts)
     longest = replace(recipe, prompts=(max(prompts, key=len),))
     check_fits(output, recipe if args.grid else longest)
-    pipeline = open_adapted(source, device, dtype, loras)
+    pipeline = open_adapted(source, device, dtype, loras, decoder)
     if given is not None:
         origin = pictures.settled(given.origin, pipeline.request_class.tasks)
         recipe = replace(recipe, origin=origin)
@@ -214,6 +188,8 @@ def recipe_of(
         dtype=dtype,
         model=args.model,
         sampler=args.sampler,
+        eta=args.eta,
+        decoder=args.decoder,
         negative=args.negative,
         n=args.n,
         grid=args.grid,
@@ -229,6 +205,7 @@ def recipe_of(
 
 def check_drawing(args: argparse.Namespace, prompts: Sequence[str], seed: int) -> None:
     """Refuse what cannot be drawn: `UserError`, in the words of this command's flags."""
+    check_eta(args.eta, args.sampler, args.lcm)
     with in_flags():
         Request(
             prompt=list(prompts),
@@ -237,6 +214,7 @@ def check_drawing(args: argparse.Namespace, prompts: Sequence[str], seed: int) -
             num_inference_steps=args.steps,
             guidance_scale=args.guidance,
             sampler=args.sampler,
+            eta=args.eta,
             height=args.height,
             width=args.width,
             seed=seed,
@@ -249,16 +227,6 @@ def check_drawing(args: argparse.Namespace, prompts: Sequence[str], seed: int) -
     check_place(args.device, args.dtype)
 
 
-@contextmanager
-def in_flags() -> Iterator[None]:
-    """Within the block, a refusal by `Request` names the command's flag instead of the field."""
-    try:
-        yield
-    except UserError as error:
-        name, equals, rest = str(error).partition("=")
-        raise UserError(f"{FLAGS.get(name, name)}{equals}{rest}") from error
-
-
 def check_place(device: str, dtype: str) -> None:
     """Refuse names of devices and dtypes that do not exist; whether they are here, torch knows."""
     choose("--dtype", dtype, ("auto", *DTYPES))
@@ -266,24 +234,6 @@ def check_place(device: str, dtype: str) -> None:
     choose("--device", kind, DEVICES)
     if colon and not (index.isdecimal() and kind not in ("auto", "cpu")):
         raise UserError(f"--device={device!r} is not known; name one as in cuda:1")
-
-
-def settle_steps(args: argparse.Namespace) -> None:
-    """Put what was not named in place: steps and guidance are others with --lcm."""
-    if args.steps is None:
-        args.steps = LCM_STEPS if args.lcm else STEPS
-    if args.guidance is None:
-        args.guidance = LCM_GUIDANCE if args.lcm else GUIDANCE
-
-
-def check_lcm(lcm: bool | str, model: str) -> None:
-    """Refuse what --lcm names where that is no LCM adapter, and --lcm alone where none is there."""
-    if lcm is True and model == BUNDLED and few_step_adapter() is None:
-        raise UserError(NO_ADAPTER)
-    if isinstance(lcm, str):
-        if not Path(lcm).exists():
-            raise UserError(f"--lcm={lcm}: there is no such file; a prompt stands before --lcm")
-        read_note(lcm)
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -370,10 +320,14 @@ def pick_device(device: str, dtype: str) -> tuple[str, str]:
 
 
 def open_adapted(
-    source: Source, device: str, dtype: str, loras: tuple[tuple[str, float], ...]
+    source: Source,
+    device: str,
+    dtype: str,
+    loras: tuple[tuple[str, float], ...],
+    decoder: Path | None,
 ) -> LatentDiffusionPipeline:
-    """The loaded pipeline with its adapters; `UserError` where one does not fit."""
-    pipeline = open_pipeline(source, device, dtype)
+    """The loaded pipeline with its adapters and decoder; `UserError` where one does not fit."""
+    pipeline = open_pipeline(source, device, dtype, decoder)
     if loras:
         from ldm_pipeline.lora.attach import attach
 
@@ -401,6 +355,7 @@ def draw(
                 num_inference_steps=args.steps,
                 guidance_scale=args.guidance,
                 sampler=args.sampler,
+                eta=args.eta,
                 seed=job.seed,
                 lcm=args.lcm,
                 weighted=not args.plain,

@@ -9,18 +9,22 @@ import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ldm_pipeline.commands.flags import in_flags
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.models import bundled, folders
+from ldm_pipeline.models import bundled, folders, small_decoder
 from ldm_pipeline.models.headers import read_header
 from ldm_pipeline.models.original.checkpoint import check_name
 from ldm_pipeline.models.original.families import family_of
+from ldm_pipeline.models.trust import read_json
 
 if TYPE_CHECKING:
     from ldm_pipeline.pipeline import LatentDiffusionPipeline
 
 BUNDLED = "bundled"
+TOLD = "attn2.to_k.weight"
+"""The end of the keys of a UNet's weights that read the texts."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -67,6 +71,26 @@ def find(name: str) -> Source:
     return Source(name, None)
 
 
+def find_decoder(name: str | None, source: Source) -> Path | None:
+    """The small autoencoder that --decoder names; `UserError` where there is none."""
+    with in_flags():
+        return None if name is None else small_decoder.find(name, source.bundled)
+
+
+def unet_config(source: Source) -> dict[str, Any] | None:
+    """What the model's UNet says of itself; None where that has not been downloaded yet.
+
+    Of a single file only `cross_attention_dim` is read, from its tensors' shapes.
+    """
+    if source.file is not None:
+        shapes = read_header(source.file).shapes
+        told = next((shape for key, shape in shapes.items() if key.endswith(TOLD)), (None,))
+        return {"cross_attention_dim": told[-1]}
+    folder = source.folder or cached(source.name)
+    file = folder / "unet" / "config.json" if folder is not None else None
+    return read_json(file) if file is not None and file.is_file() else None
+
+
 def cached(hub_id: str) -> Path | None:
     """The newest snapshot of a hub model in the local cache, or None."""
     home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
@@ -76,8 +100,11 @@ def cached(hub_id: str) -> Path | None:
     return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
-def open_pipeline(source: Source, device: str, dtype: str) -> LatentDiffusionPipeline:
-    """The loaded pipeline on `device`, in `dtype` (names as torch has them).
+def open_pipeline(
+    source: Source, device: str, dtype: str, decoder: Path | None = None
+) -> LatentDiffusionPipeline:
+    """The loaded pipeline on `device`, in `dtype` (names as torch has them), with the small
+    autoencoder in the folder `decoder` if there is one.
 
     Raises `UserError` in one line where the model cannot be loaded, as when the hub cannot be
     reached or a file is missing.
@@ -95,7 +122,7 @@ def open_pipeline(source: Source, device: str, dtype: str) -> LatentDiffusionPip
     transformers.utils.logging.set_verbosity_error()
     place = source.folder or source.file or source.name
     try:
-        pipeline = ldm_pipeline.load(place, torch_dtype=getattr(torch, dtype))
+        pipeline = ldm_pipeline.load(place, torch_dtype=getattr(torch, dtype), decoder=decoder)
     except UserError:
         raise
     except (OSError, ValueError) as error:

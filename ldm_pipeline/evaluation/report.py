@@ -14,6 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import (
+    retrieve_latents,
+)
 from tqdm.auto import tqdm
 
 from ldm_pipeline.data.world import Description, Sample, Scene, World
@@ -88,14 +91,15 @@ def evaluate(
     steps: int = 25,
     guidance: float = 7.5,
     lcm: bool | str = False,
+    decoder: str | None = None,
     batch_size: int = 16,
     out: Path | None = None,
 ) -> Report:
     """Draw `prompts` prompts of each split (fewer unseen pairs) and count what came out right.
 
-    `pipeline` is a LatentDiffusionPipeline for 128 x 128 pictures, which takes `lcm`. Picture i is
-    drawn with `seed` + i. With `out`, `report.json` and `grid.png` (failures first) are written
-    there.
+    `pipeline` is a LatentDiffusionPipeline for 128 x 128 pictures, which takes `lcm`. `decoder`
+    is what its autoencoder is called in the report, if not its own. Picture i is drawn with `seed`
+    + i. With `out`, `report.json` and `grid.png` (failures first) are written there.
     """
     tested = [World(seed, "test")[i] for i in range(prompts)]
     unseen = [World(seed, "unseen pairs")[i] for i in range(max(1, round(prompts * UNSEEN_SHARE)))]
@@ -137,6 +141,10 @@ def evaluate(
     }
     if lcm:
         settings["lcm"] = str(lcm)
+    if pipeline.unet.dtype != torch.float32:
+        settings["dtype"] = str(pipeline.unet.dtype).removeprefix("torch.")
+    if decoder is not None:
+        settings["decoder"] = decoder
     psnr, shares[READ_BACK] = reconstructed(pipeline.vae, RECONSTRUCTED, seed)
     report = Report(shares, psnr, settings)
     if out is not None:
@@ -202,7 +210,8 @@ def reconstructed(vae: Any, pictures: int, seed: int) -> tuple[float, Share]:
         samples = [world[i] for i in range(first, min(first + 20, pictures))]
         x = torch.from_numpy(np.stack([sample.picture for sample in samples]))
         x = x.permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
-        y = vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1).float()
+        z = retrieve_latents(vae.encode(x), sample_mode="argmax")
+        y = vae.decode(z).sample.clamp(-1, 1).float()
         error = ((y - x.float()) / 2).square().flatten(1).mean(dim=1)
         values += (-10 * torch.log10(error)).tolist()
         decoded = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()

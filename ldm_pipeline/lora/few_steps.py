@@ -19,7 +19,7 @@ from torch import nn
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.attach import Pipeline, put
 from ldm_pipeline.lora.files import inspect
-from ldm_pipeline.lora.notes import NO_ADAPTER, LcmNote, read_note
+from ldm_pipeline.lora.notes import NO_ADAPTER, LcmNote, note_of, read_note
 from ldm_pipeline.lora.published import fetched, lcm_lora
 from ldm_pipeline.models import bundled
 from ldm_pipeline.models.unet import adapters_at_rest
@@ -37,14 +37,15 @@ def few_step_unet(
     `lcm` is the adapter's file; True is the one that comes with the bundled model or, for Stable
     Diffusion 1.x and SDXL, the published LCM-LoRA, from the hub or its cache. It acts beside the
     adapters that are active, with weight 1. A UNet that takes guidance as an input is a full LCM:
-    with True it is drawn with as it is. Raises `UserError` where there is no adapter, for a file
-    that cannot be read or does not fit, and under CPU offload.
+    with True it is drawn with as it is, on the levels that its scheduler names. Raises `UserError`
+    where there is no adapter, for a file that cannot be read or does not fit, and under CPU
+    offload.
     """
     if lcm is True and pipe.unet.config.time_cond_proj_dim is not None:
-        return pipe.unet, LcmNote()
+        return pipe.unet, note_of(pipe.scheduler.config)
     file: str | os.PathLike[str] | None = lcm if lcm is not True else None
     if lcm is True:
-        known = lcm_lora(pipe.unet.config)
+        known = lcm_lora(pipe.unet.config.cross_attention_dim)
         file = bundled.few_step_adapter() if known is None else fetched(known)
     if file is None:
         raise UserError(NO_ADAPTER)

@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.files import inspect
@@ -39,6 +40,15 @@ class LcmNote:
     def texts(self) -> Mapping[str, str]:
         """As a header holds it, the same text for the same note."""
         return {KEY: json.dumps(asdict(self), sort_keys=True)}
+
+
+def note_of(scheduler: Mapping[str, Any]) -> LcmNote:
+    """The note of a full LCM, whose scheduler's config says how it was distilled; the defaults for
+    a scheduler of another kind."""
+    return LcmNote(
+        original_steps=int(scheduler.get("original_inference_steps", LcmNote.original_steps)),
+        timestep_scaling=float(scheduler.get("timestep_scaling", LcmNote.timestep_scaling)),
+    )
 
 
 def read_note(file: str | os.PathLike[str]) -> LcmNote:

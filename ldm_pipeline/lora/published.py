@@ -20,9 +20,10 @@ LCM_LORAS = {
 """LCM-LoRAs (2311.05556) by the family of their base."""
 
 
-def lcm_lora(unet_config: Any) -> str | None:
-    """The hub id of the LCM-LoRA for a UNet of this configuration; None where none is known."""
-    family = WIDTHS.get(unet_config.cross_attention_dim)
+def lcm_lora(width: Any) -> str | None:
+    """The hub id of the LCM-LoRA for a UNet that is told texts of `width` channels (its
+    `cross_attention_dim`); None where none is known."""
+    family = WIDTHS.get(width) if isinstance(width, int) else None
     return LCM_LORAS.get(family) if family is not None else None
 
 

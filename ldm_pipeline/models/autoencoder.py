@@ -1,5 +1,8 @@
 """Pictures to latents and back, in the latents' own units.
 
+Two kinds of autoencoder do this: AutoencoderKL, whose encoder says a Gaussian, and the small
+AutoencoderTiny (as TAESD is built), whose encoder says one thing and draws no noise.
+
 Legend
     images   [B, 3, H, W] in [-1, 1]
     z        latents [B, C, H/f, W/f], shifted and scaled as the autoencoder's configuration says,
@@ -10,37 +13,41 @@ Legend
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
 
 from ldm_pipeline.diffusion.noise import Noise
 
+Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny
 
-def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, std) of the latents of `images`, each [B, C, H/f, W/f], scaled."""
-    gaussian = vae.encode(images).latent_dist
+
+def encode(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean, std) of the latents of `images`, each [B, C, H/f, W/f], scaled; std 0 where the
+    encoder draws no noise."""
+    mean, std = _said(vae, images)
     middle, spread = _units(vae, images)
     scale = vae.config.scaling_factor / spread
-    return (gaussian.mean - middle) * scale, gaussian.std * scale
+    return (mean - middle) * scale, torch.zeros_like(mean) if std is None else std * scale
 
 
 def sample(
-    vae: AutoencoderKL, images: Tensor, rows: int, noise: Noise, *, singly: bool = False
+    vae: Autoencoder, images: Tensor, rows: int, noise: Noise, *, singly: bool = False
 ) -> Tensor:
     """Latents [rows, C, H/f, W/f] of `images` [N, …], dealt out in turn, each drawn by `noise`.
 
     With `singly` the images are encoded one at a time, so that none depends on its neighbours by
-    the rounding of a larger batch. The order of operations is that of stock pipelines.
+    the rounding of a larger batch. The order of operations is that of stock pipelines, and where
+    the encoder draws no noise, none of `noise` is used up.
     """
-    gaussians = [vae.encode(part).latent_dist for part in images.split(1 if singly else rows)]
-    mean, std = (
-        tiled(torch.cat([getattr(gaussian, name) for gaussian in gaussians]), rows)
-        for name in ("mean", "std")
-    )
+    parts = [_said(vae, part) for part in images.split(1 if singly else rows)]
+    raw = tiled(torch.cat([mean for mean, _ in parts]), rows)
+    spreads = [std for _, std in parts if std is not None]
+    if spreads:
+        raw = raw + tiled(torch.cat(spreads), rows) * noise.like(raw)
     middle, spread = _units(vae, images)
-    raw = mean + std * noise.like(mean)
     z: Tensor = (raw - middle) * (vae.config.scaling_factor / spread)
     return z
 
@@ -54,6 +61,19 @@ def encoder_weights(vae: AutoencoderKL) -> dict[str, Tensor]:
     }
 
 
+def draws_noise(vae: Autoencoder) -> bool:
+    """Whether the latents of a picture are drawn, and not said."""
+    return not isinstance(vae, AutoencoderTiny)
+
+
+def _said(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Raw mean and std of the latents of `images`; no std where the encoder draws no noise."""
+    said = vae.encode(images)
+    if not draws_noise(vae):
+        return said.latents, None
+    return said.latent_dist.mean, said.latent_dist.std
+
+
 def tiled(rows: Tensor, count: int) -> Tensor:
     """`rows` [N, …] dealt out in turn until there are `count`, a multiple of N; their layout in
     memory stays."""
@@ -61,7 +81,7 @@ def tiled(rows: Tensor, count: int) -> Tensor:
 
 
 def decode(
-    vae: AutoencoderKL,
+    vae: Autoencoder,
     z: Tensor,
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
 ) -> Tensor:
@@ -75,7 +95,7 @@ def decode(
     return pictures
 
 
-def _units(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
+def _units(vae: Autoencoder, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
     """What one subtracts from raw latents and divides them by, besides the `scaling_factor`.
 
     0 and 1 for most; some SDXL autoencoders have `latents_mean` and `latents_std` of each channel,
@@ -89,6 +109,6 @@ def _units(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor | float, Tensor | f
     return middle, spread
 
 
-def downscale(vae: AutoencoderKL | None) -> int:
+def downscale(vae: Autoencoder | None) -> int:
     """f, how many pixels a latent spans on each side; 8 where there is no autoencoder."""
     return 2 ** (len(vae.config.block_out_channels) - 1) if vae is not None else 8

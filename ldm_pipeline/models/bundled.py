@@ -19,6 +19,12 @@ def few_step_adapter() -> Path | None:
     return place if place.is_dir() else None
 
 
+def small_decoder() -> Path | None:
+    """The folder of the bundled model's small autoencoder; None where there is none here."""
+    place = ASSETS / "decoder"
+    return place if place.is_dir() else None
+
+
 def folder() -> Path:
     """The folder of the bundled model; `UserError` where this installation has none."""
     if not (ASSETS / "model_index.json").is_file():

@@ -9,7 +9,8 @@
 
 Legend
     n       texts, or samples of a batch
-    told    name -> tensor: embeds [n, L, C]; for SDXL also pooled [n, D] and time_ids [n, 6]
+    told    name -> tensor: embeds [n, L, C]; for SDXL also pooled [n, D] and time_ids [n, 6]; for
+            UNets that hear the guidance also w [n], guidance_scale - 1
     Size    (width, height) in pixels
 """
 
@@ -27,7 +28,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from ldm_pipeline.diffusion.denoiser import Network
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models.text import asking_inner, reads_mask, tokenise
-from ldm_pipeline.models.unet import bind
+from ldm_pipeline.models.unet import bind, guidance_embedding
 
 Size = tuple[int, int]
 Told = dict[str, Tensor]
@@ -119,7 +120,8 @@ class OneEncoder:
 
     def network(self, unet: UNet2DConditionModel, told: Mapping[str, Tensor]) -> Network:
         """The UNet under the embeddings."""
-        return bind(unet, told["embeds"].to(unet.dtype))
+        strength = guidance_heard(unet, told)
+        return bind(unet, told["embeds"].to(unet.dtype), timestep_cond=strength)
 
     def arguments(self, prompt: Told, negative: Told) -> dict[str, Tensor]:
         """As `StableDiffusionPipeline` and ours take them."""
@@ -183,7 +185,10 @@ class TwoEncoders:
     def network(self, unet: UNet2DConditionModel, told: Mapping[str, Tensor]) -> Network:
         """The UNet under the embeddings, the pooled answer and the picture's place."""
         added = {"text_embeds": told["pooled"].to(unet.dtype), "time_ids": told["time_ids"]}
-        return bind(unet, told["embeds"].to(unet.dtype), added_cond_kwargs=added)
+        strength = guidance_heard(unet, told)
+        return bind(
+            unet, told["embeds"].to(unet.dtype), added_cond_kwargs=added, timestep_cond=strength
+        )
 
     def arguments(self, prompt: Told, negative: Told) -> dict[str, Tensor]:
         """As `StableDiffusionXLPipeline` takes them."""
@@ -193,6 +198,15 @@ class TwoEncoders:
             "pooled_prompt_embeds": prompt["pooled"],
             "negative_pooled_prompt_embeds": negative["pooled"],
         }
+
+
+def guidance_heard(unet: UNet2DConditionModel, told: Mapping[str, Tensor]) -> Tensor | None:
+    """What a full LCM's UNet is told of the guidance w [n], [n, time_cond_proj_dim]; None for a
+    UNet that does not hear it."""
+    width = unet.config.time_cond_proj_dim
+    if width is None or "w" not in told:
+        return None
+    return guidance_embedding(told["w"], width).to(unet.dtype)
 
 
 def time_ids(original: Size, corner: Size, target: Size | tuple[float]) -> Tensor:

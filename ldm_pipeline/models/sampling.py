@@ -27,15 +27,15 @@ def choose_sampler(
     name: str | None,
     scheduler: Any,
     *,
-    eta: float = 0.0,
+    eta: float | None = None,
     timesteps: Sequence[int] | None = None,
     sigmas: Sequence[float] | None = None,
     consistency: Consistency | None = None,
 ) -> Sampler:
     """The sampler called `name`; None is `scheduler` itself, as a stock pipeline runs it.
 
-    `eta` is for those that know it: DDIM, and stock schedulers that accept one (called by name
-    they keep their own default unless it is above 0). Custom `timesteps` or `sigmas`, descending,
+    `eta` is for those that know it: DDIM, and stock schedulers that accept one. None is 0, and of
+    those called by name their own default. Custom `timesteps` or `sigmas`, descending,
     replace the sampler's own grid. `consistency` is what "lcm" means and the grid of "tcd", unless
     these are the default.
     Raises `UserError` where a stock scheduler takes neither.
@@ -43,19 +43,19 @@ def choose_sampler(
     chosen_timesteps = tuple(timesteps) if timesteps is not None else None
     chosen_sigmas = tuple(sigmas) if sigmas is not None else None
     if name in SAMPLERS:
-        told = {"ddim": Renoise.ddim(eta), "lcm": consistency or SAMPLERS["lcm"]}
+        told = {"ddim": Renoise.ddim(eta or 0.0), "lcm": consistency or SAMPLERS["lcm"]}
         native = told.get(name, SAMPLERS[name])
         if chosen_timesteps is None and chosen_sigmas is None:
             return native
         assert isinstance(native, NativeSampler)
         return AtLevels(native, chosen_timesteps, chosen_sigmas)
     if name is None:
-        return StockSampler(scheduler, chosen_timesteps, chosen_sigmas, eta)
+        return StockSampler(scheduler, chosen_timesteps, chosen_sigmas, eta or 0.0)
     config = dict(scheduler.config)
     if name == "tcd" and consistency is not None:
         config["original_inference_steps"] = consistency.original_steps
     named = stock_sampler(name, config)
-    return StockSampler(named.scheduler, chosen_timesteps, chosen_sigmas, eta if eta > 0 else None)
+    return StockSampler(named.scheduler, chosen_timesteps, chosen_sigmas, eta)
 
 
 @dataclass(frozen=True)

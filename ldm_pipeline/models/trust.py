@@ -28,7 +28,7 @@ LARGEST_JSON = 64_000_000
 _CLIP_TEXT = ("transformers", r"CLIPTextModel(WithProjection)?")
 _CLIP_TOKENIZER = ("transformers", r"CLIPTokenizer(Fast)?")
 CLASSES: Mapping[str, tuple[str, str]] = {
-    "vae": ("diffusers", r"AutoencoderKL"),
+    "vae": ("diffusers", r"Autoencoder(KL|Tiny)"),
     "unet": ("diffusers", r"UNet2DConditionModel"),
     "scheduler": ("diffusers", r"[A-Z][A-Za-z0-9]*Scheduler"),
     "text_encoder": _CLIP_TEXT,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -119,7 +119,6 @@ class AdapterObjective(nn.Module, ABC):
         self.config = config
         self.state = launched()
         self.ranks = Ranks(self.state)
-        seed = config.run.seed
         self.data = data
         if sharding(self.state) and len(self.data.sizes) > 1:
             raise UserError(
@@ -153,12 +152,29 @@ class AdapterObjective(nn.Module, ABC):
         self._pipe = pipe if config.pictures.prompts else None
         self._base: list[Image] = []
         self._drawn_last: tuple[str, list[Image]] = ("", [])
+        self._make(pipe, models)
+
+    def _make(self, pipe: Any, models: dict[str, nn.Module]) -> None:
+        """Make what is trained: an adapter in `models`, which are those of `pipe`."""
+        config = self.config
         unread = self.conditioning.unread
-        self.adapter = inject(models, config.lora.settings(), seed=seed, unread=unread)
+        self.adapter = inject(models, config.lora.settings(), seed=config.run.seed, unread=unread)
         if config.begin_from is not None:
             _begin_from(self.adapter, config.begin_from)
         self.family = family_of_unet(self.unet.config, self.kind)
         check_formats(config, self.adapter.weights(), self.family, self.unet.config)
+
+    def _learnt(self) -> Mapping[str, Tensor]:
+        """What is trained, by name."""
+        return self.adapter.parameters
+
+    def _untrained(self) -> AbstractContextManager[None]:
+        """Within the block the UNet is the model's own."""
+        return self.adapter.disabled()
+
+    def _under_autocast(self) -> AbstractContextManager[Any]:
+        """How the networks are called under autocast."""
+        return without_input_casts(self.adapter)
 
     @abstractmethod
     def _level(self, rng: np.random.Generator, share: float | None) -> dict[str, Tensor]:
@@ -199,7 +215,7 @@ class AdapterObjective(nn.Module, ABC):
         """The means over all samples."""
         with ExitStack() as stack:
             if torch.is_autocast_enabled(self.unet.device.type):
-                stack.enter_context(without_input_casts(self.adapter))
+                stack.enter_context(self._under_autocast())
             sums = [self._sums(group) for group in list(map(self._ready, batch["groups"]))]
         return {name: torch.stack([s[name] for s in sums]).sum() / batch["n"] for name in sums[0]}
 
@@ -268,7 +284,7 @@ class AdapterObjective(nn.Module, ABC):
         if self._pipe is None:
             return None
         if not self._base:
-            with self.adapter.disabled():
+            with self._untrained():
                 told = self.config.pictures
                 self._base = self._draw(self._pipe, told.steps, told.guidance)
         adapted = self._adapted(self._pipe)
@@ -283,7 +299,7 @@ class AdapterObjective(nn.Module, ABC):
         A validation that finds the best model shows it and exports it, and the last one shows what
         is exported in the end.
         """
-        key = key_of(self.adapter.parameters)
+        key = key_of(self._learnt())
         if key != self._drawn_last[0]:
             self._drawn_last = key, self._draw_adapted(pipe)
         return self._drawn_last[1]

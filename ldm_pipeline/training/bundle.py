@@ -119,9 +119,10 @@ def model_card(
 def _table(figures: dict[str, Any]) -> str:
     settings = figures["settings"]
     lcm = " --lcm" if settings.get("lcm") else f" --guidance {settings['guidance']:g}"
+    dtype = f" --dtype {settings['dtype']}" if "dtype" in settings else ""
     lines = [
         f"`ldm evaluate --prompts {settings['prompts']} --seed {settings['seed']}"
-        f" --steps {settings['steps']}{lcm}`, read by the judge:",
+        f" --steps {settings['steps']}{lcm}{dtype}`, read by the judge:",
         "",
         "| what | measured | 95 % interval | trials | floor |",
         "|---|---|---|---|---|",

@@ -36,7 +36,7 @@ from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.files import FILE_NAME
 from ldm_pipeline.lora.notes import LcmNote
 from ldm_pipeline.processes.ranks import launched
-from ldm_pipeline.training.adapter_config import AdapterConfig, PictureSettings
+from ldm_pipeline.training.adapter_config import AdapterConfig, AdapterSettings, PictureSettings
 from ldm_pipeline.training.adapting import AdapterObjective, OpenModel, Pictures
 from ldm_pipeline.training.captioned import Captioned, CaptionedSettings
 from ldm_pipeline.training.config import NonNegativeFloat, Positive, PositiveFloat, Settings
@@ -60,11 +60,17 @@ class DistillationSettings(Settings):
     target: Literal["student", "average"] = Field(
         default="student", description="whose word is the target; average: optimiser.ema_decay's"
     )
+    full: bool = Field(
+        default=False, description="train a whole UNet that hears w, and no adapter (lora.*)"
+    )
+    w_channels: Positive = Field(default=256, description="in which a full one hears w")
 
     @model_validator(mode="after")
     def _fits(self) -> DistillationSettings:
         if self.w[0] > self.w[1]:
             raise ValueError(f"w={list(self.w)} must rise")
+        if self.w_channels < 4:
+            raise ValueError(f"w_channels={self.w_channels} must be at least 4")
         return self
 
 
@@ -88,6 +94,8 @@ class LcmConfig(AdapterConfig):
             raise ValueError("set data (captioned pictures) or world (the picture world), not both")
         if self.lcm.target == "average" and not self.optimiser.ema_decay:
             raise ValueError("lcm.target=average needs optimiser.ema_decay, as 0.95")
+        if self.lcm.full and self.lora != AdapterSettings():
+            raise ValueError("lcm.full=true trains a whole UNet, no adapter; leave lora out")
         return self
 
     def read(self) -> Pictures:
@@ -153,15 +161,19 @@ class LcmObjective(AdapterObjective):
         }
         pair = self.conditioning.network(self.unet, both)
         teacher = make_denoiser(guided_each(pair, told["w"]), self.schedule, self.kind)
-        with self.adapter.disabled():
+        with self._untrained():
             x_s = SOLVERS[self.config.lcm.solver](teacher, self.schedule, x, told["t"], told["s"])
         with self._target_weights():
             return self._student(told)(x_s, told["s"])
 
     def _student(self, told: Mapping[str, Tensor]) -> ConsistencyFunction:
-        network = self.conditioning.network(self.unet, told)
+        network = self.conditioning.network(self._student_unet(), told)
         denoiser = make_denoiser(network, self.schedule, self.kind)
         return consistency_function(denoiser, self.config.lcm.timestep_scaling)
+
+    def _student_unet(self) -> Any:
+        """The UNet that learns."""
+        return self.unet
 
     def _target_weights(self) -> AbstractContextManager[None]:
         return nullcontext() if self._average is None else self._average.in_place()
@@ -171,15 +183,19 @@ class LcmObjective(AdapterObjective):
     def _draw_adapted(self, pipe: Any) -> list[Image]:
         """The prompts' pictures in few steps, without guidance."""
         own = pipe.scheduler
-        pipe.scheduler = LCMScheduler.from_config(
-            own.config,
-            original_inference_steps=self.config.lcm.original_steps,
-            timestep_scaling=self.config.lcm.timestep_scaling,
-        )
+        pipe.scheduler = self._scheduler(own)
         try:
             return self._draw(pipe, self.config.pictures.few, 1.0)
         finally:
             pipe.scheduler = own
+
+    def _scheduler(self, own: Any) -> LCMScheduler:
+        """What few steps are drawn with, on the levels of the model's `own` scheduler."""
+        return LCMScheduler.from_config(
+            own.config,
+            original_inference_steps=self.config.lcm.original_steps,
+            timestep_scaling=self.config.lcm.timestep_scaling,
+        )
 
     def _notes(self) -> Mapping[str, str]:
         told = self.config.lcm

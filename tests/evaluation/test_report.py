@@ -29,6 +29,7 @@ class Painter:
         self.shift = shift
         self.config = SimpleNamespace(_name_or_path="")
         self.vae = Mirror()
+        self.unet = SimpleNamespace(dtype=torch.float32)
         self.seeds: list[int] = []
         worlds = [World(0, "test"), World(0, "unseen pairs")]
         self.scenes: dict[str, Any] = {}
@@ -52,7 +53,7 @@ class Mirror:
     device, dtype = torch.device("cpu"), torch.float32
 
     def encode(self, x: torch.Tensor) -> Any:
-        return SimpleNamespace(latent_dist=SimpleNamespace(mean=x))
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: x))
 
     def decode(self, z: torch.Tensor) -> Any:
         return SimpleNamespace(sample=torch.where(z > 0, z - 0.2, z + 0.2))

@@ -34,7 +34,7 @@ def test_none_is_the_pipeline_s_own_scheduler(components: dict[str, Any]) -> Non
 
 
 def test_a_named_stock_sampler_keeps_its_own_eta(components: dict[str, Any]) -> None:
-    for eta, expected in ((0.0, None), (0.4, 0.4)):
+    for eta, expected in ((None, None), (0.0, 0.0), (0.4, 0.4)):
         sampler = choose_sampler("tcd", components["scheduler"], eta=eta)
         assert isinstance(sampler, StockSampler)
         assert sampler.eta == expected

@@ -18,6 +18,7 @@ import torch
 from diffusers.callbacks import SDCFGCutoffCallback, SDXLCFGCutoffCallback
 from safetensors.torch import save_file
 
+from tests.conftest import tiny_small_vae
 from tests.parity.pairs import (
     PROMPTS,
     SCHEDULERS,
@@ -317,6 +318,15 @@ def with_switch(name: str) -> Compare:
     return compare
 
 
+def small_autoencoder(task: Task) -> float:
+    """An autoencoder whose encoder draws no noise; DDPM's own shows whether both agree on that."""
+    parts = {**task.parts(scheduler_of("DDPMScheduler")), "vae": tiny_small_vae()}
+    found, mine = compared(task.pair(parts), **task.asked(), output_type="pt")
+    large = compared(shared(task, "DDPMScheduler"), **task.asked(), output_type="pt")[1]
+    assert not np.array_equal(mine, large)
+    return found
+
+
 def decoded(task: Task) -> float:
     """The decoded picture in every format."""
     return max(
@@ -425,13 +435,14 @@ FEATURES: dict[str, dict[str, Compare]] = {  # a row of the README, and what it 
         "that interrupt": with_callback(stop_early),
         "stock's own": cut_guidance,
     },
-    "LoRA scale, IP-Adapters, FreeU, tiling, slicing": {
+    "LoRA scale, IP-Adapters, FreeU, tiling, slicing, small autoencoders": {
         "LoRA scale": lora_scale,
         "IP-Adapter, a picture": image_prompts,
         "IP-Adapter, image embeddings": image_embeddings,
         "FreeU": freeu,
         "VAE tiling": with_switch("tiling"),
         "VAE slicing": with_switch("slicing"),
+        "`AutoencoderTiny`": small_autoencoder,
     },
     "PIL, NumPy and torch, `padding_mask_crop`": {
         "as PIL, NumPy and torch": decoded,

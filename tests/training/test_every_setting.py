@@ -45,6 +45,7 @@ from ldm_pipeline.training.config import TrainingConfig
 from ldm_pipeline.training.engine import fit
 from ldm_pipeline.training.latent_diffusion import LatentDiffusionConfig, LatentDiffusionObjective
 from ldm_pipeline.training.lcm import LcmConfig, LcmObjective
+from ldm_pipeline.training.lcm_full import distillation
 from ldm_pipeline.training.lora import LoraConfig, LoraObjective
 from ldm_pipeline.training.small_decoder import SmallDecoderConfig, SmallDecoderObjective
 from tests.conftest import build, tiny_scheduler
@@ -106,7 +107,7 @@ def lora(config: LoraConfig) -> LoraObjective:
 
 def lcm(config: LcmConfig) -> LcmObjective:
     """The objective over tiny components."""
-    return LcmObjective(config, open_model)
+    return distillation(config, open_model)
 
 
 OBJECTIVES: dict[type[TrainingConfig], Callable[[Any], Any]] = {
@@ -425,6 +426,8 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "lcm.w": Change(batch, (1.0, 2.0)),
         "lcm.solver": Change(loss, "heun"),
         "lcm.huber": Change(loss, 0.1),
+        "lcm.full": Change(trained, True, {"lora": {}}),
+        "lcm.w_channels": Change(trained, 32, {"lora": {}, "lcm.full": True}),
         "lcm.target": Change(learnt, "average", {"optimiser.ema_decay": 0.9}),
         "gradient_checkpointing": Change(recomputed, True),
         "pictures.prompts": Change(picture, ["red"], {"pictures.steps": 1}),

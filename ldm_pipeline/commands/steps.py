@@ -1,0 +1,96 @@
+"""How many steps a command draws, and how: --steps, --guidance, --lcm and --eta.
+
+What cannot be meant is refused before any model loads: so a model's few-step adapter is looked for
+by what its configuration says.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ldm_pipeline.commands.sources import Source, find, unet_config
+from ldm_pipeline.errors import UserError
+from ldm_pipeline.lora.notes import NO_ADAPTER, read_note
+from ldm_pipeline.lora.published import fetched, lcm_lora
+from ldm_pipeline.models.bundled import few_step_adapter
+from ldm_pipeline.request import ETA_SAMPLERS, LCM_GUIDANCE, LCM_STEPS
+
+STEPS = 25
+"""Denoising steps, unless --steps or --lcm says otherwise."""
+GUIDANCE = 4.0
+"""How strongly pictures follow the words, unless --guidance or --lcm says otherwise."""
+
+
+def add_step_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare how many steps are drawn and how; `evaluate` takes the same."""
+    add = parser.add_argument
+    add("--steps", type=int, help=f"denoising steps ({STEPS}; {LCM_STEPS} with --lcm)")
+    add(
+        "--guidance",
+        type=float,
+        help=f"how strongly to follow the words ({GUIDANCE}; {LCM_GUIDANCE} with --lcm)",
+    )
+    add(
+        "--lcm",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE",
+        help="few steps, with the LCM adapter in FILE (the bundled model's own)",
+    )
+
+
+def settle_steps(args: argparse.Namespace) -> None:
+    """Put what was not named in place: steps and guidance are others with --lcm.
+
+    A full LCM, whose UNet is told the guidance, is told the usual one.
+    """
+    if args.steps is None:
+        args.steps = LCM_STEPS if args.lcm else STEPS
+    if args.guidance is None:
+        told = args.lcm is True and _hears(unet_config(find(args.model)) or {})
+        args.guidance = LCM_GUIDANCE if args.lcm and not told else GUIDANCE
+
+
+def check_eta(eta: float | None, sampler: str | None, lcm: bool | str) -> None:
+    """Refuse --eta where no sampler is named that hears it: a model's own is not known yet."""
+    if eta is not None and sampler not in ETA_SAMPLERS:
+        other = " with --lcm, whose noise is all fresh" if lcm and sampler is None else ""
+        raise UserError(
+            f"--eta={eta:g} does nothing{other or ' here'}; name a sampler that hears it:"
+            f" {' or '.join(f'--sampler {name}' for name in ETA_SAMPLERS)}"
+        )
+
+
+def check_lcm(lcm: bool | str, source: Source) -> None:
+    """Refuse what --lcm names where that is no LCM adapter, and --lcm alone where none is there.
+
+    A published adapter is fetched now, so that none is missed after the model is loaded. Where
+    nothing can be read of the model yet, as of a hub id that is to be downloaded, it is let pass.
+    """
+    if isinstance(lcm, str):
+        if not Path(lcm).exists():
+            raise UserError(f"--lcm={lcm}: there is no such file; a prompt stands before --lcm")
+        read_note(lcm)
+    elif lcm:
+        config = unet_config(source)
+        if config is not None:
+            _check_own(config)
+
+
+def _check_own(config: dict[str, Any]) -> None:
+    """Refuse a UNet for which there is no adapter; one that hears the guidance needs none."""
+    if _hears(config):
+        return
+    known = lcm_lora(config.get("cross_attention_dim"))
+    if known is not None:
+        fetched(known)
+    elif few_step_adapter() is None:
+        raise UserError(NO_ADAPTER)
+
+
+def _hears(config: dict[str, Any]) -> bool:
+    """Whether a UNet is told the guidance, as that of a full LCM."""
+    return config.get("time_cond_proj_dim") is not None
