@@ -49,9 +49,10 @@ PIXELS = 8
 
 
 class SmallDecoderSettings(Settings):
-    """The shape of both halves, level by level from the coarsest (the encoder's turned round)."""
+    """The shape of both halves; blocks level by level from the coarsest (the encoder's turned
+    round). Each half has one width: between levels AutoencoderTiny cannot change it."""
 
-    channels: tuple[Positive, Positive, Positive, Positive] = (64, 48, 32, 16)
+    channels: Positive = Field(default=32, description="of every level of the decoder")
     blocks: tuple[Positive, Positive, Positive, Positive] = (3, 2, 1, 1)
     encoder_channels: Positive = Field(default=16, description="of every level of the encoder")
 
@@ -73,6 +74,18 @@ class SmallDecoderConfig(TrainingConfig):
     around_things: Fraction = Field(default=0.75, description="share of crops that hold a thing")
 
 
+def small_autoencoder(model: SmallDecoderSettings, latent_channels: int) -> AutoencoderTiny:
+    """An untrained one, which reads latents in the UNet's own units."""
+    return AutoencoderTiny(
+        encoder_block_out_channels=(model.encoder_channels,) * 4,
+        decoder_block_out_channels=(model.channels,) * 4,
+        num_encoder_blocks=model.blocks[::-1],
+        num_decoder_blocks=model.blocks,
+        latent_channels=latent_channels,
+        scaling_factor=1.0,
+    )
+
+
 class SmallDecoderObjective(nn.Module):
     """Make of latents what the large decoder was made to make: the picture."""
 
@@ -86,14 +99,7 @@ class SmallDecoderObjective(nn.Module):
         large = AutoencoderKL.from_pretrained(config.autoencoder)
         self._large = [large]  # in a list: not trained
         model = config.model
-        self.small = AutoencoderTiny(
-            encoder_block_out_channels=(model.encoder_channels,) * 4,
-            decoder_block_out_channels=model.channels,
-            num_encoder_blocks=model.blocks[::-1],
-            num_decoder_blocks=model.blocks,
-            latent_channels=large.config.latent_channels,
-            scaling_factor=1.0,
-        )
+        self.small = small_autoencoder(model, large.config.latent_channels)
         if config.begin_from is not None:
             take_weights(self.small, config.begin_from)
         data, ranks = config.data, Ranks(launched())

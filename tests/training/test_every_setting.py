@@ -296,7 +296,7 @@ BASE: dict[type[TrainingConfig], Values] = {
     SmallDecoderConfig: {
         "run": {"out": "unused", "batch_size": 2, "mixed_precision": "no"},
         "autoencoder": "autoencoder",
-        "model": {"channels": [8, 8, 8, 8], "blocks": [1, 1, 1, 1], "encoder_channels": 8},
+        "model": {"channels": 8, "blocks": [1, 1, 1, 1], "encoder_channels": 8},
         "data": {"pictures": 8}, "crop": 32,
     },
     ClipConfig: {
@@ -458,7 +458,7 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "run.seed": Change(batch, 1),
         "begin_from": Change(trained, "small decoder", SEEDED),
         "autoencoder": Change(batch, "another autoencoder"),
-        "model.channels": Change(trained, [16, 8, 8, 8]),
+        "model.channels": Change(trained, 16),
         "model.blocks": Change(trained, [2, 1, 1, 1]),
         "model.encoder_channels": Change(trained, 16),
         "loss.l1": Change(loss, 2.0),

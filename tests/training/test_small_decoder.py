@@ -12,7 +12,12 @@ from diffusers import AutoencoderTiny
 from ldm_pipeline.data.world import World
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import autoencoder
-from ldm_pipeline.training.small_decoder import SmallDecoderConfig, SmallDecoderObjective
+from ldm_pipeline.training.small_decoder import (
+    SmallDecoderConfig,
+    SmallDecoderObjective,
+    SmallDecoderSettings,
+    small_autoencoder,
+)
 from ldm_pipeline.training.world_data import as_tensor
 from tests.training import laws
 
@@ -25,7 +30,7 @@ def config(
         {
             "run": {"out": "unused", "batch_size": 2, "mixed_precision": "no"},
             "autoencoder": autoencoder_folder,
-            "model": {"channels": [8, 8, 8, 8], "blocks": [1, 1, 1, 1], "encoder_channels": 8},
+            "model": {"channels": 8, "blocks": [1, 1, 1, 1], "encoder_channels": 8},
             "data": {"pictures": 8, "cache": tmp_path_factory.mktemp("cache")},
         }
     )
@@ -88,6 +93,15 @@ def test_measures_say_both_decoders(objective: SmallDecoderObjective) -> None:
     assert measures == objective.validate()
     assert measures["loss"] == -measures["psnr"]
     assert measures["psnr"] != measures["psnr_of_the_large_one"]
+
+
+def test_the_shape_that_is_shipped_decodes_and_encodes() -> None:
+    """The tests' own shape is smaller: this one is trained."""
+    small = small_autoencoder(SmallDecoderSettings(), 4)
+    z = torch.zeros(1, 4, 2, 2)
+    assert small.decode(z).sample.shape == (1, 3, 16, 16)
+    assert small.encode(small.decode(z).sample).latents.shape == z.shape
+    assert 0.25e6 < sum(p.numel() for p in small.parameters()) < 0.35e6
 
 
 def test_a_missing_autoencoder_is_named(config: SmallDecoderConfig) -> None:
