@@ -19,12 +19,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm_pipeline.commands import memory as memory_flags
 from ldm_pipeline.commands import pictures
 from ldm_pipeline.commands.adapters import read_loras
 from ldm_pipeline.commands.outputs import check_picture
 from ldm_pipeline.commands.sources import BUNDLED, Source, find, open_pipeline
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.lora.notes import NO_ADAPTER, read_note
+from ldm_pipeline.memory import Memory
 from ldm_pipeline.metadata import Recipe, installed_versions
 from ldm_pipeline.models.bundled import few_step_adapter
 from ldm_pipeline.models.prompt_syntax import parse
@@ -117,6 +119,7 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
         help="a LoRA to draw with, and how strongly (1); may be given several times",
     )
     add_model_arguments(parser)
+    memory_flags.add_arguments(parser)
 
 
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
@@ -161,6 +164,7 @@ def run(args: argparse.Namespace) -> None:
     check_drawing(args, prompts, seed)
     loras = read_loras(args.lora)
     check_lcm(args.lcm, args.model)
+    memory = memory_flags.read(args)
     given = pictures.read(args)
     jobs = plan(args, prompts, seed)
     source = find(args.model)
@@ -170,12 +174,13 @@ def run(args: argparse.Namespace) -> None:
         warn_of_unknown_words(texts, weighted=not args.plain)
 
     device, dtype = pick_device(args.device, args.dtype)
-    recipe = recipe_of(args, prompts, seed, loras, device, dtype)
+    memory = memory_flags.settle(memory, device, dtype)
+    recipe = recipe_of(args, prompts, seed, loras, device, dtype, memory)
     recipe = replace(recipe, origin=given.origin if given is not None else None)
     output = check_output(args, prompts)
     longest = replace(recipe, prompts=(max(prompts, key=len),))
     check_fits(output, recipe if args.grid else longest)
-    pipeline = open_adapted(source, device, dtype, loras)
+    pipeline = open_adapted(source, device, dtype, loras, memory)
     pipeline.set_progress_bar_config(disable=args.quiet or len(jobs) > 1 or not sys.stderr.isatty())
     sampler = args.sampler or ("lcm" if args.lcm else "own sampler")
     say(f"seed {seed}, {args.steps} steps, {sampler}, {device} {dtype}")
@@ -199,6 +204,7 @@ def recipe_of(
     loras: tuple[tuple[str, float], ...],
     device: str,
     dtype: str,
+    memory: Memory,
 ) -> Recipe:
     """What the arguments come to; the size is told by the picture."""
     return Recipe(
@@ -217,6 +223,7 @@ def recipe_of(
         loras=loras,
         lcm="" if args.lcm is True else args.lcm or None,
         weighted=not args.plain,
+        memory=memory.seen,
         versions=installed_versions(),
     )
 
@@ -367,15 +374,19 @@ def pick_device(device: str, dtype: str) -> tuple[str, str]:
 
 
 def open_adapted(
-    source: Source, device: str, dtype: str, loras: tuple[tuple[str, float], ...]
+    source: Source,
+    device: str,
+    dtype: str,
+    loras: tuple[tuple[str, float], ...],
+    memory: Memory,
 ) -> LatentDiffusionPipeline:
-    """The loaded pipeline with its adapters; `UserError` where one does not fit."""
-    pipeline = open_pipeline(source, device, dtype)
+    """The loaded pipeline with its adapters, arranged; `UserError` where one does not fit."""
+    pipeline = open_pipeline(source, "cpu" if memory.offload != "none" else device, dtype)
     if loras:
         from ldm_pipeline.lora.attach import attach
 
         attach(pipeline, loras)
-    return pipeline
+    return pipeline.arrange(memory, device)
 
 
 def draw(
@@ -406,7 +417,7 @@ def draw(
         except OutOfMemoryError as error:
             raise UserError(
                 "the device has not enough memory for this picture; "
-                "try --dtype float16, or a smaller --height and --width"
+                "try --dtype float16, --tiling, --offload layers, or a smaller --height and --width"
             ) from error
         picture = result.images[0]
         yield given.trimmed(picture) if given else picture

@@ -13,14 +13,16 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from ldm_pipeline.diffusion.noise import Noise
+from ldm_pipeline.models.precision import finite
 
 
 def encode(vae: AutoencoderKL, images: Tensor) -> tuple[Tensor, Tensor]:
     """(mean, std) of the latents of `images`, each [B, C, H/f, W/f], scaled."""
-    gaussian = vae.encode(images).latent_dist
+    gaussian = _gaussian(vae, images)
     middle, spread = _units(vae, images)
     scale = vae.config.scaling_factor / spread
     return (gaussian.mean - middle) * scale, gaussian.std * scale
@@ -34,7 +36,7 @@ def sample(
     With `singly` the images are encoded one at a time, so that none depends on its neighbours by
     the rounding of a larger batch. The order of operations is that of stock pipelines.
     """
-    gaussians = [vae.encode(part).latent_dist for part in images.split(1 if singly else rows)]
+    gaussians = [_gaussian(vae, part) for part in images.split(1 if singly else rows)]
     mean, std = (
         tiled(torch.cat([getattr(gaussian, name) for gaussian in gaussians]), rows)
         for name in ("mean", "std")
@@ -62,8 +64,13 @@ def decode(
     """
     middle, spread = _units(vae, z)
     raw = z * spread / vae.config.scaling_factor + middle
-    pictures: Tensor = vae.decode(raw, return_dict=False, generator=generator)[0]
-    return pictures
+    return finite(vae, raw, lambda vae, z: vae.decode(z, return_dict=False, generator=generator)[0])
+
+
+def _gaussian(vae: AutoencoderKL, images: Tensor) -> DiagonalGaussianDistribution:
+    """What the encoder says of `images`, in its own units."""
+    told = finite(vae, images, lambda vae, x: vae.encode(x).latent_dist.parameters)
+    return DiagonalGaussianDistribution(told)
 
 
 def _units(vae: AutoencoderKL, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
