@@ -14,13 +14,13 @@ import shutil
 from pathlib import Path
 
 import torch
+from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
 from ldm_pipeline.errors import UserError
 
 SETTING = "TORCHINDUCTOR_CACHE_DIR"
 BACKEND = "inductor"
-BLOCKS = ("BasicTransformerBlock",)
 
 
 def folder() -> Path:
@@ -61,4 +61,4 @@ def compile_blocks(network: nn.Module, wanted: bool) -> None:
 
 
 def _blocks(network: nn.Module) -> list[nn.Module]:
-    return [module for module in network.modules() if type(module).__name__ in BLOCKS]
+    return [module for module in network.modules() if isinstance(module, BasicTransformerBlock)]
