@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.memory import Memory
 
 if TYPE_CHECKING:
     from ldm_pipeline.checkpoints import load, teach_auto_pipelines
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "LatentDiffusionPipeline",
     "LatentDiffusionXLPipeline",
+    "Memory",
     "Request",
     "UserError",
     "__version__",

@@ -26,6 +26,7 @@ from packaging import version
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.models import bundled, folders
 from ldm_pipeline.models.original.checkpoint import Checkpoint, open_checkpoint
+from ldm_pipeline.models.quantising import quantised
 from ldm_pipeline.models.schedulers import scheduler_class
 from ldm_pipeline.models.trust import components
 
@@ -205,6 +206,16 @@ class FolderPipeline(DiffusionPipeline):
         made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
         wanted = dtype or torch_dtype
         return made if wanted is None else made.to(wanted)
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], *told: Any, **named: Any
+    ) -> None:
+        """Stock's, with its arguments. Raises `UserError` where weights were rounded: folders hold
+        whole ones, of which rounded ones are soon made."""
+        unet = self.components.get("unet")
+        if unet is not None and (kind := quantised(unet)) != "none":
+            raise UserError(f"the UNet's weights were rounded to {kind}, and are not saved so")
+        super().save_pretrained(save_directory, *told, **named)
 
     def _stock_class_name(self) -> str:
         """The stock class that draws with the parts at hand."""

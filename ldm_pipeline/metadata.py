@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass, field, fields
 from functools import cache
 from typing import Any
 
+from ldm_pipeline.memory import PLAIN, Memory
+
 FORMAT = 1
 """The version of that JSON; a reader refuses a later one."""
 
@@ -112,9 +114,9 @@ class Recipe:
     weights; `lcm` is that of few steps, "" the bundled model's. `eta` is the share of fresh noise,
     None the sampler's own, and `decoder` the small autoencoder, as --decoder names it. `weighted`
     says that prompts were read with weights and BREAK, which older pictures' were not. `origin` is
-    the picture that it was drawn out of, which then says how its size came about. `versions` names
-    the packages that drew it: they do not enter the command, but other versions may round
-    differently.
+    the picture that it was drawn out of, which then says how its size came about. `memory` is what
+    of it is `Memory.seen`; older pictures were drawn plainly. `versions` names the packages that
+    drew it: they do not enter the command, but other versions may round differently.
     """
 
     prompts: tuple[str, ...]
@@ -135,6 +137,7 @@ class Recipe:
     lcm: str | None = None
     weighted: bool = False
     origin: Origin | None = None
+    memory: Memory = PLAIN
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def command(self, output: str) -> str:
@@ -156,6 +159,9 @@ class Recipe:
         else:
             words += ["--height", str(self.size[0]), "--width", str(self.size[1])]
         words += ["--device", self.device, "--dtype", self.dtype]
+        if self.memory.attention != PLAIN.attention or self.device != "cpu":
+            words += ["--attention", self.memory.attention]  # on a GPU, auto may be another one
+        words += self.memory.words()
         if self.n != 1:
             words += ["--n", str(self.n)]
         if self.grid:
@@ -175,6 +181,8 @@ class Recipe:
         for name in LATER:
             if values[name] is None or values[name] is False or values[name] == ():
                 del values[name]
+        if self.memory == PLAIN:
+            del values["memory"]
         return json.dumps({"format": FORMAT, **values}, sort_keys=True)
 
     @staticmethod
@@ -255,6 +263,7 @@ def _checked(values: dict[str, Any]) -> Recipe:
             "loras": loras,
             "weighted": bool(values.get("weighted", False)),
             "origin": Origin.of(values["origin"]) if values.get("origin") is not None else None,
+            "memory": Memory.of(values["memory"]) if "memory" in values else PLAIN,
             "versions": {str(k): str(v) for k, v in dict(values["versions"]).items()},
         }
     )

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from diffusers import (
@@ -39,7 +39,9 @@ from ldm_pipeline.diffusion.prediction import PREDICTION_TYPES
 from ldm_pipeline.drawing import Drawing
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.loading import FolderPipeline
-from ldm_pipeline.models import autoencoder, chunks, text
+from ldm_pipeline.memory import Memory
+from ldm_pipeline.models import arranging, autoencoder, chunks, text
+from ldm_pipeline.models.offloading import in_turn
 from ldm_pipeline.models.sampling import settle
 from ldm_pipeline.request import (
     CALLBACK_TENSORS,
@@ -116,6 +118,16 @@ class LatentDiffusionPipeline(
             do_binarize=True,
             do_convert_grayscale=True,
         )
+
+    def arrange(self, memory: Memory, device: torch.device | str | None = None) -> Self:
+        """Draw as `memory` says from now on, on `device`; the pipeline itself is given back.
+
+        Without a `device` the networks stay where they are, or with offload go to this machine's
+        GPU. Pictures stay the same within the precision. Nothing may be drawn meanwhile. Raises
+        `UserError` for what cannot be done here.
+        """
+        arranging.arrange(self, memory, None if device is None else torch.device(device))
+        return self
 
     # Drawing ----------------------------------------------------------------------------------
 
@@ -231,10 +243,10 @@ class LatentDiffusionPipeline(
         self._check_components(request)
         canvas = self._canvas(request)
         self._check_latents(request, canvas)
-        with under_way(self, self._begin(request)) as run:
+        with in_turn(self), under_way(self, self._begin(request)) as run:
             z = self._draw(request, canvas, run, callback)
             images, unsafe = self._finish(z, request, canvas)
-        self.maybe_free_model_hooks()
+            self.maybe_free_model_hooks()
         return images, unsafe
 
     def _usual(self, lcm: bool | str | os.PathLike[str], guidance: float) -> tuple[int, float]:

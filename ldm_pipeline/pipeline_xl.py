@@ -11,7 +11,6 @@ Legend
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -33,6 +32,7 @@ from ldm_pipeline.diffusion.noise import Noise
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import autoencoder
 from ldm_pipeline.models.conditioning import time_ids
+from ldm_pipeline.models.precision import widen
 from ldm_pipeline.pipeline import LatentDiffusionPipeline
 from ldm_pipeline.request import MASK_TENSORS, Request, Text
 from ldm_pipeline.request_xl import (
@@ -44,8 +44,6 @@ from ldm_pipeline.request_xl import (
 )
 from ldm_pipeline.running import Callback, Run, halves, tensors_for
 from ldm_pipeline.two_texts import TwoTexts
-
-logger = logging.getLogger(__name__)
 
 
 class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes with other arguments
@@ -286,7 +284,7 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
         """Where to start and what stays. A picture that another run left gets no noise."""
         assert isinstance(request, RequestXL)
         if canvas is not None and not canvas.encoded:
-            self._widen()
+            widen(self.vae)
         goes_on = request.denoising_start is not None or request.latents is not None
         if canvas is None or request.paints or not goes_on:
             return super()._plan(request, canvas, run, course, noise, like)
@@ -301,15 +299,9 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
             return super()._start(request, z, n, course)
         return Plan(n if z is None else z, course.times)
 
-    def _widen(self) -> None:
-        """Keep the autoencoder in float32 where it overflows in float16."""
-        if self.vae.dtype == torch.float16 and self.vae.config.force_upcast:
-            logger.warning("this autoencoder overflows in float16; it is kept in float32 from here")
-            self.vae.to(torch.float32)
-
     def _decoded(self, z: Tensor, request: Request) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] of clean latents, watermarked where that is wanted."""
-        self._widen()
+        widen(self.vae)
         images = autoencoder.decode(self.vae, z.to(self.vae.dtype), request.generator)
         if self.watermark is not None:
             images = self.watermark.apply_watermark(images)

@@ -19,7 +19,7 @@ PACKAGE = ROOT / "ldm_pipeline"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "train").glob("*.py"))
 
-SHARED = {"", "errors", "grid", "images", "request", "request_xl"}
+SHARED = {"", "errors", "grid", "images", "memory", "request", "request_xl"}
 """What any layer but the core may use: values, errors, pictures."""
 
 FRONT = {
@@ -55,6 +55,7 @@ ALLOWED = {
     "metadata": SHARED,
     "picture_files": {"metadata", *SHARED},
     "grid": SHARED,
+    "memory": {"errors"},
     "request": {"errors"},
     "request_xl": {"errors", "request"},
     "images": {"errors"},
@@ -64,7 +65,14 @@ ALLOWED = {
 }
 """Which layers the files of each layer may import, besides their own."""
 
-PUBLIC = ("LatentDiffusionPipeline", "LatentDiffusionXLPipeline", "load", "UserError", "Request")
+PUBLIC = (
+    "LatentDiffusionPipeline",
+    "LatentDiffusionXLPipeline",
+    "Memory",
+    "Request",
+    "UserError",
+    "load",
+)
 """What the package itself offers; whoever may import the package may import these."""
 
 ALLOWED_IN_TRAIN = {"training", "pipeline", "evaluation", "data", *SHARED}
@@ -77,6 +85,7 @@ OUTSIDE = {
     "request.py": {"torch"},  # for types only; that no import happens is tested below
     "request_xl.py": {"torch"},
     "errors.py": set(),
+    "memory.py": set(),
     "cli.py": set(),
 }
 

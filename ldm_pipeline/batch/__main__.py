@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from ldm_pipeline.batch.orders import Order, once, read_orders, share
 from ldm_pipeline.cli import Parser, ended
+from ldm_pipeline.commands import memory as memory_flags
 from ldm_pipeline.commands import pictures
 from ldm_pipeline.commands.adapters import read_loras
 from ldm_pipeline.commands.generate import (
@@ -34,6 +35,7 @@ from ldm_pipeline.commands.generate import (
 from ldm_pipeline.commands.sources import Source, find, find_decoder
 from ldm_pipeline.commands.steps import check_lcm
 from ldm_pipeline.errors import UserError, choose
+from ldm_pipeline.memory import Memory
 from ldm_pipeline.picture_files import FORMATS, check_fits, is_whole, save_picture
 from ldm_pipeline.processes.lock import alone_in, check_writable
 
@@ -73,6 +75,7 @@ def run(args: argparse.Namespace) -> None:
     choose("--format", args.format, [ending.removeprefix(".") for ending in FORMATS])
     orders = read_orders(args)
     loras = read_loras(args.lora)
+    memory = memory_flags.read(args)
     source = find(args.model)
     check_lcm(args.lcm, source)
     find_decoder(args.decoder, source)
@@ -89,7 +92,7 @@ def run(args: argparse.Namespace) -> None:
         if ranks.count > 1 and args.device in ("auto", state.device.type):  # each its own
             args.device = str(state.device)
         with alone_in(args.out, "--out", ranks):
-            _draw_all(args, orders, source, loras, ranks)
+            _draw_all(args, orders, source, loras, memory, ranks)
         if ranks.index == 0:
             print(args.out, flush=True)
     finally:
@@ -102,11 +105,13 @@ def _draw_all(
     orders: Sequence[Order],
     source: Source,
     loras: tuple[tuple[str, float], ...],
+    memory: Memory,
     ranks: Ranks,
 ) -> None:
     """Draw this process's share of what is missing, and wait for the others."""
     device, dtype = pick_device(args.device, args.dtype)
-    recipes = [order.recipe(loras, device, dtype) for order in orders]
+    memory = memory_flags.settle(memory, device, dtype)
+    recipes = [order.recipe(loras, device, dtype, memory) for order in orders]
     names = [order.name(recipe) for order, recipe in zip(orders, recipes, strict=True)]
     files = [args.out / f"{name}.{args.format}" for name in names]
     wanted = once(names)
@@ -125,7 +130,7 @@ def _draw_all(
             warn_of_unknown_words(texts, weighted=not args.plain)
     if mine:
         decoder = find_decoder(args.decoder, source)
-        pipeline = open_adapted(source, device, dtype, loras, decoder)
+        pipeline = open_adapted(source, device, dtype, loras, decoder, memory)
         pipeline.set_progress_bar_config(disable=True)
     with _bar([files[i] for i in missing], args.quiet or ranks.index > 0) as tick:
         for i in mine:

@@ -25,6 +25,7 @@ from ldm_pipeline.commands.generate import (
 )
 from ldm_pipeline.commands.steps import settle_steps
 from ldm_pipeline.errors import UserError, suggestion
+from ldm_pipeline.memory import PLAIN, Memory
 from ldm_pipeline.metadata import Recipe
 
 TEXTS = ("prompt", "negative", "sampler")
@@ -44,13 +45,19 @@ class Order:
     prompt: str
     seed: int
 
-    def recipe(self, loras: tuple[tuple[str, float], ...], device: str, dtype: str) -> Recipe:
+    def recipe(
+        self,
+        loras: tuple[tuple[str, float], ...],
+        device: str,
+        dtype: str,
+        memory: Memory = PLAIN,
+    ) -> Recipe:
         """What is written into the picture, but for its size.
 
         The device has no number: which of several did it does not tell on the picture.
         """
         kind = device.partition(":")[0]
-        recipe = recipe_of(self.args, [self.prompt], self.seed, loras, kind, dtype)
+        recipe = recipe_of(self.args, [self.prompt], self.seed, loras, kind, dtype, memory)
         return replace(recipe, n=1, grid=False)
 
     def name(self, recipe: Recipe) -> str:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ldm_pipeline.commands import memory as memory_flags
 from ldm_pipeline.commands import pictures
 from ldm_pipeline.commands.adapters import read_loras
 from ldm_pipeline.commands.flags import in_flags
@@ -25,6 +26,7 @@ from ldm_pipeline.commands.outputs import check_picture
 from ldm_pipeline.commands.sources import BUNDLED, Source, find, find_decoder, open_pipeline
 from ldm_pipeline.commands.steps import add_step_arguments, check_eta, check_lcm, settle_steps
 from ldm_pipeline.errors import UserError, choose
+from ldm_pipeline.memory import Memory
 from ldm_pipeline.metadata import Recipe, installed_versions
 from ldm_pipeline.models.prompt_syntax import parse
 from ldm_pipeline.picture_files import check_fits, save_picture
@@ -103,6 +105,7 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
         help="a LoRA to draw with, and how strongly (1); may be given several times",
     )
     add_model_arguments(parser)
+    memory_flags.add_arguments(parser)
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -133,6 +136,7 @@ def run(args: argparse.Namespace) -> None:
     pictures.check(args)
     check_drawing(args, prompts, seed)
     loras = read_loras(args.lora)
+    memory = memory_flags.read(args)
     given = pictures.read(args)
     jobs = plan(args, prompts, seed)
     source = find(args.model)
@@ -144,12 +148,13 @@ def run(args: argparse.Namespace) -> None:
         warn_of_unknown_words(texts, weighted=not args.plain)
 
     device, dtype = pick_device(args.device, args.dtype)
-    recipe = recipe_of(args, prompts, seed, loras, device, dtype)
+    memory = memory_flags.settle(memory, device, dtype)
+    recipe = recipe_of(args, prompts, seed, loras, device, dtype, memory)
     recipe = replace(recipe, origin=given.origin if given is not None else None)
     output = check_output(args, prompts)
     longest = replace(recipe, prompts=(max(prompts, key=len),))
     check_fits(output, recipe if args.grid else longest)
-    pipeline = open_adapted(source, device, dtype, loras, decoder)
+    pipeline = open_adapted(source, device, dtype, loras, decoder, memory)
     if given is not None:
         origin = pictures.settled(given.origin, pipeline.request_class.tasks)
         recipe = replace(recipe, origin=origin)
@@ -176,6 +181,7 @@ def recipe_of(
     loras: tuple[tuple[str, float], ...],
     device: str,
     dtype: str,
+    memory: Memory,
 ) -> Recipe:
     """What the arguments come to; the size is told by the picture."""
     return Recipe(
@@ -196,6 +202,7 @@ def recipe_of(
         loras=loras,
         lcm="" if args.lcm is True else args.lcm or None,
         weighted=not args.plain,
+        memory=memory.seen,
         versions=installed_versions(),
     )
 
@@ -325,14 +332,16 @@ def open_adapted(
     dtype: str,
     loras: tuple[tuple[str, float], ...],
     decoder: Path | None,
+    memory: Memory,
 ) -> LatentDiffusionPipeline:
-    """The loaded pipeline with its adapters and decoder; `UserError` where one does not fit."""
-    pipeline = open_pipeline(source, device, dtype, decoder)
+    """The loaded pipeline with adapters and decoder, arranged; `UserError` where one misfits."""
+    place = "cpu" if memory.offload != "none" else device
+    pipeline = open_pipeline(source, place, dtype, decoder)
     if loras:
         from ldm_pipeline.lora.attach import attach
 
         attach(pipeline, loras)
-    return pipeline
+    return pipeline.arrange(memory, device)
 
 
 def draw(
@@ -364,7 +373,7 @@ def draw(
         except OutOfMemoryError as error:
             raise UserError(
                 "the device has not enough memory for this picture; "
-                "try --dtype float16, or a smaller --height and --width"
+                "try --dtype float16, --tiling, --offload layers, or a smaller --height and --width"
             ) from error
         picture = result.images[0]
         yield given.trimmed(picture) if given else picture

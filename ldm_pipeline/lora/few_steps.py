@@ -21,7 +21,7 @@ from ldm_pipeline.lora.attach import Pipeline, put
 from ldm_pipeline.lora.files import inspect
 from ldm_pipeline.lora.notes import NO_ADAPTER, LcmNote, note_of, read_note
 from ldm_pipeline.lora.published import fetched, lcm_lora
-from ldm_pipeline.models import bundled
+from ldm_pipeline.models import bundled, compiling, offloading
 from ldm_pipeline.models.unet import adapters_at_rest
 
 _making = threading.Lock()
@@ -51,7 +51,7 @@ def few_step_unet(
         raise UserError(NO_ADAPTER)
     note, header = read_note(file), inspect(file)
     unet = getattr(pipe.unet, "_orig_mod", pipe.unet)  # torch.compile's wrapper holds it
-    if any(hasattr(module, "_hf_hook") for module in unet.modules()):
+    if offloading.moves(unet):
         raise UserError(
             "lcm does not go together with CPU offload; load the adapter with"
             " pipe.load_lora_weights and draw with sampler='lcm'"
@@ -59,7 +59,8 @@ def few_step_unet(
     facts = [own.stat() for own in header.files.values()]
     with _making, adapters_at_rest():
         dates = [(fact.st_mtime_ns, fact.st_size) for fact in facts]
-        key = (header.path.resolve(), *dates, _state(unet))
+        compiled = compiling.compiled(unet)
+        key = (header.path.resolve(), *dates, _state(unet), compiled)
         made_of, made = _made.get(unet, (None, unet))
         if made_of != key:
             made = _copy(unet)
@@ -70,6 +71,7 @@ def few_step_unet(
                 layer.enable_adapters(True)
                 layer.set_adapter([*active.get(layer, []), name])
             made.requires_grad_(False)
+            compiling.compile_blocks(made, compiled)
             _made[unet] = key, made
         return made, note
 

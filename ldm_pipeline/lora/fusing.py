@@ -22,6 +22,7 @@ from ldm_pipeline.lora.files import check_weight, load
 from ldm_pipeline.lora.fitting import fit
 from ldm_pipeline.lora.merging import added
 from ldm_pipeline.lora.targets import adaptable
+from ldm_pipeline.models.quantising import quantised
 from ldm_pipeline.models.text import has_adapters
 
 if TYPE_CHECKING:
@@ -42,6 +43,8 @@ class Fused:
         }
         if any(has_adapters(model) for model in self._models.values()):
             raise UserError("adapters are attached; take them out first (unload_lora_weights)")
+        if any(quantised(model) != "none" for model in self._models.values()):
+            raise UserError("the weights were rounded; attach adapters beside them (lora.attach)")
         self._kept: dict[tuple[str, str], Tensor] = {}
 
     @torch.no_grad()

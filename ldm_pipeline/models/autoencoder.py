@@ -17,9 +17,11 @@ from typing import TypeAlias
 
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor
 
 from ldm_pipeline.diffusion.noise import Noise
+from ldm_pipeline.models.precision import finite
 
 Autoencoder: TypeAlias = AutoencoderKL | AutoencoderTiny
 
@@ -68,10 +70,11 @@ def draws_noise(vae: Autoencoder) -> bool:
 
 def _said(vae: Autoencoder, images: Tensor) -> tuple[Tensor, Tensor | None]:
     """Raw mean and std of the latents of `images`; no std where the encoder draws no noise."""
-    said = vae.encode(images)
     if not draws_noise(vae):
-        return said.latents, None
-    return said.latent_dist.mean, said.latent_dist.std
+        return finite(vae, images, lambda vae, x: vae.encode(x).latents), None
+    told = finite(vae, images, lambda vae, x: vae.encode(x).latent_dist.parameters)
+    gaussian = DiagonalGaussianDistribution(told)
+    return gaussian.mean, gaussian.std
 
 
 def tiled(rows: Tensor, count: int) -> Tensor:
@@ -91,8 +94,7 @@ def decode(
     """
     middle, spread = _units(vae, z)
     raw = z * spread / vae.config.scaling_factor + middle
-    pictures: Tensor = vae.decode(raw, return_dict=False, generator=generator)[0]
-    return pictures
+    return finite(vae, raw, lambda vae, z: vae.decode(z, return_dict=False, generator=generator)[0])
 
 
 def _units(vae: Autoencoder, like: Tensor) -> tuple[Tensor | float, Tensor | float]:
