@@ -179,11 +179,13 @@ artwork and no text by other people took part.
     accelerate launch train/train_clip.py --config configs/clip_tiny.yaml
     accelerate launch train/train_unet.py --config configs/unet_tiny.yaml
 
-On two CPU cores, in several sittings. The autoencoder saw 229,000 crops of 64 x 64 pixels, CLIP
-115,000 pictures with three false captions each; both went on from the weights of the sitting before
-(`--begin_from`). The UNet began anew beside a text encoder that an earlier UNet had tuned, and saw
-288,000 samples of 32,000 pictures in batches of 64. A linear head on its features named what is
-where while it learnt (`layout_weight`); it is left out here.
+On two CPU cores, in several sittings. The autoencoder saw 229,000 crops of 64 x 64 pixels, and its
+decoder alone 48,000 more (`decoder_only`); CLIP saw 115,000 pictures with three false captions
+each, at patches of 16 pixels; both went on from the weights of the sitting before (`--begin_from`).
+The UNet began anew beside a text encoder that an earlier UNet had tuned, and saw 538,000 samples in
+batches of 64: of 32,000 pictures in its first half, of 64,000 in its second, the rate falling to
+zero at the end of each. A linear head on its features named what is where while it learnt
+(`layout_weight`); it is left out here.
 
 ## Figures
 
