@@ -46,7 +46,7 @@ from ldm_pipeline.training.config import (
     TrainingConfig,
     must_divide,
 )
-from ldm_pipeline.training.layout import FINE, LayoutHead, Listener, labels_of
+from ldm_pipeline.training.layout import FINE, LayoutHead, Listener, WordsHead, labels_of
 from ldm_pipeline.training.levels import LevelSettings
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.start import precision, take_weights
@@ -110,6 +110,9 @@ class LatentDiffusionConfig(TrainingConfig):
     layout_weight: NonNegativeFloat = Field(
         default=0.0, description="of naming what is where, a task beside the denoising"
     )
+    words_weight: NonNegativeFloat = Field(
+        default=0.0, description="of naming it from the words alone: teaches the text encoder"
+    )
     min_snr_gamma: PositiveFloat | None = Field(
         default=None, description="min-SNR weights (2303.09556), capped here; 5 is usual"
     )
@@ -141,6 +144,9 @@ class LatentDiffusionObjective(nn.Module):
         if config.layout_weight:
             self._listener = Listener(self.unet)
             self.layout = LayoutHead(self._listener.channels)
+        self.words: WordsHead | None = None
+        if config.words_weight:
+            self.words = WordsHead(self.text_encoder.config.hidden_size, side=8)
         self.schedule = Schedule.from_config(SCHEDULER)
         gamma = config.min_snr_gamma
         self.loss = Loss() if gamma is None else Loss("min_snr", gamma)
@@ -157,7 +163,7 @@ class LatentDiffusionObjective(nn.Module):
             indices.append(index)
             captions.append(self._caption(index, rng))
             levels.append(self.config.levels.draw(rng, self.schedule.num_train_timesteps))
-            if self.layout is not None:
+            if self.layout is not None or self.words is not None:
                 labels.append(labels_of(self.world.told(index)[0], FINE * self.mean.shape[-1]))
         shape = self.mean.shape[1:]
         mean, std = self.mean[indices].float(), self.std[indices].float()
@@ -189,12 +195,16 @@ class LatentDiffusionObjective(nn.Module):
             batch["t"],
             self.loss,
         )
-        if self.layout is None:
-            return {"loss": denoising}
-        assert self._listener.heard is not None
-        layout = self.layout(self._listener.heard, batch["labels"])
-        loss = denoising + self.config.layout_weight * layout
-        return {"loss": loss, "denoising": denoising, "layout": layout}
+        told = {"denoising": denoising}
+        loss = denoising
+        if self.layout is not None:
+            assert self._listener.heard is not None
+            told["layout"] = self.layout(self._listener.heard, batch["labels"])
+            loss = loss + self.config.layout_weight * told["layout"]
+        if self.words is not None:
+            told["words_layout"] = self.words(embeds, batch["labels"])
+            loss = loss + self.config.words_weight * told["words_layout"]
+        return {"loss": loss, **told}
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

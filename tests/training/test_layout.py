@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from ldm_pipeline.data.world import COLOURS, KINDS, World
-from ldm_pipeline.training.layout import CLASSES, FINE, LayoutHead, Listener, labels_of
+from ldm_pipeline.training.layout import CLASSES, FINE, LayoutHead, Listener, WordsHead, labels_of
 
 
 def test_labels_are_what_covers_each_point() -> None:
@@ -69,3 +69,26 @@ def test_it_hears_the_finest_features_and_changes_nothing() -> None:
         assert listener.heard is not None
         assert listener.heard.shape == (2, listener.channels, 8, 8)
         assert listener.heard.requires_grad
+
+
+def test_words_alone_tell_what_is_where() -> None:
+    """Embeddings that tell a layout are heard, embeddings of another length too; and what is learnt
+    reaches them: the loss has a gradient there."""
+    torch.manual_seed(0)
+    scenes = [World(0).told(index)[0] for index in range(4)]
+    labels = torch.from_numpy(np.stack([labels_of(scene, 16 * FINE) for scene in scenes]))
+    head = WordsHead(32, side=8)
+    embeds = torch.randn(4, 7, 32, requires_grad=True)
+    optimiser = torch.optim.Adam(head.parameters(), lr=0.01)
+    first = float(head(embeds, labels).detach())
+    for _ in range(100):
+        optimiser.zero_grad()
+        loss = head(embeds, labels)
+        loss.backward()
+        optimiser.step()
+    assert float(loss.detach()) < 0.5 * first
+    astray = head(embeds.roll(1, dims=0), labels)
+    assert float(astray.detach()) > 2 * float(loss.detach())
+    assert embeds.grad is not None
+    assert (embeds.grad.abs().sum((1, 2)) > 0).all()
+    assert head(torch.randn(4, 3, 32), labels).ndim == 0
