@@ -57,6 +57,11 @@ class DistillationSettings(Settings):
     )
     solver: Literal["ddim", "heun"] = Field(default="ddim", description="heun costs a call more")
     huber: PositiveFloat | None = Field(default=0.001, description="none: squared errors")
+    units: Literal["latents", "noise"] = Field(
+        default="noise",
+        description="of what errors are measured in: noise divides them by their level's, or the "
+        "little noise that the first levels have is left in the pictures",
+    )
     target: Literal["student", "average"] = Field(
         default="student", description="whose word is the target; average: optimiser.ema_decay's"
     )
@@ -149,8 +154,11 @@ class LcmObjective(AdapterObjective):
     def _errors(self, group: dict[str, Tensor]) -> Tensor:
         """The inconsistency of each sample of a group, [n]."""
         answer = self._student(group)(group["x"], group["t"])
-        huber = self.config.lcm.huber
-        return consistency_errors(answer, group["target"], huber=huber, mask=group["mask"])
+        target = group["target"]
+        if self.config.lcm.units == "noise":
+            _, sig = self.schedule.coefficients(group["t"], like=answer)
+            answer, target = answer / sig, target / sig
+        return consistency_errors(answer, target, huber=self.config.lcm.huber, mask=group["mask"])
 
     @torch.no_grad()
     def _target(self, told: Mapping[str, Tensor], x: Tensor) -> Tensor:

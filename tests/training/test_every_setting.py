@@ -426,6 +426,7 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "lcm.w": Change(batch, (1.0, 2.0)),
         "lcm.solver": Change(loss, "heun"),
         "lcm.huber": Change(loss, 0.1),
+        "lcm.units": Change(loss, "latents"),
         "lcm.full": Change(trained, True, {"lora": {}}),
         "lcm.w_channels": Change(trained, 32, {"lora": {}, "lcm.full": True}),
         "lcm.target": Change(learnt, "average", {"optimiser.ema_decay": 0.9}),

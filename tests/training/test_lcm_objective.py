@@ -89,14 +89,16 @@ def loss(objective: LcmObjective, positions: range = range(4)) -> float:
 # -- the loss --------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("huber", [None, 0.01])
+@pytest.mark.parametrize(
+    ("huber", "units"), [(None, "latents"), (0.01, "latents"), (0.01, "noise")]
+)
 def test_the_loss_is_what_stock_parts_compute(
-    folder: Path, tmp_path: Path, huber: float | None
+    folder: Path, tmp_path: Path, huber: float | None, units: str
 ) -> None:
     """One sample at a time: stock's UNet, DDIM step, LoRA loader and boundary scalings, guidance
     from two calls."""
-    config = config_of(folder, lcm={"huber": huber, "timestep_scaling": 0.02, "w": (2.0, 9.0)})
-    objective = stirred(built(config))
+    told = {"huber": huber, "units": units, "timestep_scaling": 0.02, "w": (2.0, 9.0)}
+    objective = stirred(built(config_of(folder, lcm=told)))
     teacher = StableDiffusionPipeline(**build(), requires_safety_checker=False)
     student = StableDiffusionPipeline(**build(), requires_safety_checker=False)
     student.load_lora_weights(files.save(tmp_path / "adapter", objective.adapter.weights()))
@@ -126,6 +128,8 @@ def test_the_loss_is_what_stock_parts_compute(
             cond, uncond = (teacher.unet(x, t, told).sample for told in (embeds, silence))
             x_s = ddim.step(cond + w * (cond - uncond), t, x).prev_sample
             d = f(x, t, embeds) - f(x_s, t - 20, embeds)
+        if units == "noise":
+            d = d / (1 - ddim.alphas_cumprod[t]).sqrt()
         error = d.square() if huber is None else (d.square() + huber**2).sqrt() - huber
         mask = group["mask"].expand_as(error)
         total += float((error * mask).sum() / mask.sum())
