@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import torch
 from diffusers import AutoencoderTiny
 from transformers import CLIPModel
 
+from ldm_pipeline.data.world import VOCABULARY
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora import files
 from ldm_pipeline.lora.notes import read_note
+from ldm_pipeline.models.headers import read_header
 
 MOST_BYTES = 32_000_000
 """Of the model itself; the few-step adapter and the small decoder are counted apart."""
@@ -22,14 +25,17 @@ LCM, DECODER = "lcm", "decoder"
 """Folders of what may come beside the model."""
 MOST_LCM_BYTES = 8_000_000
 MOST_DECODER_BYTES = 8_000_000
+COUNTED = ("vae", "text_encoder", "unet", "clip")
+"""Parts whose parameters the card counts."""
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What is bundled: final folders of the trainers, and what `ldm evaluate` wrote of them.
+    """What is bundled: final folders of the trainers, and what is told of them.
 
     `model` is a pipeline, `text` has the folder clip, `lcm` a few-step adapter and `decoder` an
-    AutoencoderTiny; `report` and `lcm_report` are JSON.
+    AutoencoderTiny; `ldm evaluate` wrote `report` and `lcm_report`, which are JSON. For the card,
+    `history` is Markdown about the training and `licence` the licence's usual short name.
     """
 
     model: Path
@@ -38,28 +44,48 @@ class Parts:
     lcm: Path | None = None
     lcm_report: Path | None = None
     decoder: Path | None = None
+    history: Path | None = None
+    licence: str | None = None
 
 
 def bundle(parts: Parts, out: Path) -> Path:
     """Copy everything to `out`, the CLIP and the adapter in 16 bits, with a model card.
 
-    Raises UserError where a part is missing or takes more than its share; `out` is then left as it
-    was.
+    A bundle that is there is replaced. Raises UserError where a part is missing, cannot be read or
+    takes more than its share, and where `out` holds anything else; it is then left as it was.
     """
-    for part in (parts.model / "model_index.json", parts.text / "clip"):
+    wanted = [parts.model / "model_index.json", parts.text / "clip"]
+    told = (parts.report, parts.lcm, parts.lcm_report, parts.decoder, parts.history)
+    for part in [*wanted, *(part for part in told if part is not None)]:
         if not part.exists():
             raise UserError(f"{part} is missing")
+    out = out.resolve()
+    _must_be_free(out, parts)
     unfinished = out.with_name(out.name + ".unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         _gather(parts, unfinished)
-    except UserError:
+    except (OSError, ValueError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError(f"the bundle cannot be made: {error}") from error
+    except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
     if out.exists():
         shutil.rmtree(out)
     unfinished.rename(out)
     return out
+
+
+def _must_be_free(out: Path, parts: Parts) -> None:
+    """Refuse an `out` whose removal would lose something else than an earlier bundle."""
+    for part in (parts.model, parts.text, parts.lcm, parts.decoder):
+        if part is not None and part.resolve().is_relative_to(out):
+            raise UserError(f"{out} cannot be the bundle: {part} lies in it")
+    if out.is_dir() and any(out.iterdir()) and not (out / "model_index.json").is_file():
+        raise UserError(f"{out} holds something else than a model; name a new folder")
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; name a new folder")
 
 
 def _gather(parts: Parts, place: Path) -> None:
@@ -72,7 +98,11 @@ def _gather(parts: Parts, place: Path) -> None:
         _forget_origin(config)
     if not (place / "tokenizer").is_dir():
         raise UserError(f"{parts.model} has no tokenizer")
-    card = model_card(_read(parts.report), _read(parts.lcm_report))
+    history = None if parts.history is None else parts.history.read_text("utf-8")
+    millions = {part: f"{_millions(place / part)} M" for part in COUNTED}
+    card = model_card(
+        millions, _read(parts.report), _read(parts.lcm_report), history, parts.licence
+    )
     (place / "README.md").write_text(card, "utf-8")
     _must_fit("the model", place, MOST_BYTES)
     if parts.lcm is not None:
@@ -106,14 +136,30 @@ def _forget_origin(config: Path) -> None:
         config.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", "utf-8")
 
 
+def _millions(folder: Path) -> str:
+    """How many million numbers the weights in `folder` are."""
+    headers = [read_header(file) for file in folder.glob("*.safetensors")]
+    return f"{sum(prod(shape) for h in headers for shape in h.shapes.values()) / 1e6:.1f}"
+
+
 def model_card(
-    figures: dict[str, Any] | None = None, few_steps: dict[str, Any] | None = None
+    millions: dict[str, str],
+    figures: dict[str, Any] | None = None,
+    few_steps: dict[str, Any] | None = None,
+    history: str | None = None,
+    licence: str | None = None,
 ) -> str:
-    """The card's Markdown; tables are left out where nothing was measured."""
+    """The card's Markdown; what was not measured or told is left out.
+
+    `millions` tells of each part in `COUNTED` how many parameters it has.
+    """
     told = _table(figures) if figures else "Not measured yet.\n"
     if few_steps:
         told += "\n" + FEW_STEPS + _table(few_steps)
-    return CARD.format(figures=told)
+    passed = "" if history is None else f"\n{history.strip()}\n"
+    front = "" if licence is None else f"license: {licence}\n"
+    words = len(VOCABULARY)
+    return CARD.format(licence=front, figures=told, history=passed, words=words, **millions)
 
 
 def _table(figures: dict[str, Any]) -> str:
@@ -133,9 +179,7 @@ def _table(figures: dict[str, Any]) -> str:
         lines.append(
             f"| {name} | {share['value']:.3f} | {low:.3f} to {high:.3f} | {share['n']} | {floor} |"
         )
-    lines.append(
-        f"| autoencoder, PSNR on fresh scenes | {figures['psnr']:.2f} dB | | 200 | 30 dB |"
-    )
+    lines.append(f"| autoencoder, PSNR on fresh scenes | {figures['psnr']:.2f} dB | | | 30 dB |")
     return "\n".join(lines) + "\n"
 
 
@@ -144,8 +188,7 @@ FEW_STEPS = """With the few-step adapter in `lcm`, distilled from this model by 
 """
 
 CARD = """---
-license: apache-2.0
-library_name: diffusers
+{licence}library_name: diffusers
 pipeline_tag: text-to-image
 ---
 # A small latent diffusion model that draws a picture world
@@ -159,11 +202,11 @@ pipeline can be tried, tested and taught on a laptop, with no network and no gra
 
 | folder | what | parameters |
 |---|---|---|
-| `vae` | AutoencoderKL, 8 x down, 4 latent channels | 3.3 M |
-| `text_encoder`, `tokenizer` | CLIP text model, own byte-pair vocabulary, 48 tokens | 0.9 M |
-| `unet` | UNet2DConditionModel, cross-attention, v-prediction | 9 M |
+| `vae` | AutoencoderKL, 8 x down, 4 latent channels | {vae} |
+| `text_encoder`, `tokenizer` | CLIP text model, own vocabulary, 48 tokens | {text_encoder} |
+| `unet` | UNet2DConditionModel, cross-attention, v-prediction | {unet} |
 | `scheduler` | DDIM on DDPM's linear schedule, trailing spacing | |
-| `clip` | the contrastive text and vision towers the text encoder began from | 2.3 M |
+| `clip` | the contrastive text and vision towers the text encoder began from | {clip} |
 
 Weights are stored in 16 bits.
 
@@ -178,21 +221,13 @@ artwork and no text by other people took part.
     accelerate launch train/train_autoencoder.py --config configs/autoencoder_tiny.yaml
     accelerate launch train/train_clip.py --config configs/clip_tiny.yaml
     accelerate launch train/train_unet.py --config configs/unet_tiny.yaml
-
-On two CPU cores, in several sittings. The autoencoder saw 229,000 crops of 64 x 64 pixels, and its
-decoder alone 48,000 more (`decoder_only`); CLIP saw 115,000 pictures with three false captions
-each, at patches of 16 pixels; both went on from the weights of the sitting before (`--begin_from`).
-The UNet began anew beside a text encoder that an earlier UNet had tuned, and saw 538,000 samples in
-batches of 64: of 32,000 pictures in its first half, of 64,000 in its second, the rate falling to
-zero at the end of each. A linear head on its features named what is where while it learnt
-(`layout_weight`); it is left out here.
-
+{history}
 ## Figures
 
 {figures}
 ## Limits
 
-It knows 172 words and nothing outside its world; the command names words that it never learnt. It
-cannot draw text, people or photographs. Where a share above lies far below its floor, training was
-too short, and pictures do not yet show what the words say in that respect.
+It knows {words} words and nothing outside its world; the command names words that it never learnt.
+It cannot draw text, people or photographs. Where a share above lies far below its floor, training
+was too short, and pictures do not yet show what the words say in that respect.
 """

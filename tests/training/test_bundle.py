@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import AutoencoderTiny
 
 from ldm_pipeline import LatentDiffusionPipeline
+from ldm_pipeline.commands.info import read_licence
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora import files
 from ldm_pipeline.lora.inject import inject
@@ -48,7 +50,7 @@ def test_what_does_not_fit_leaves_everything_as_it_was(
 ) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    (out / "kept").touch()
+    (out / "model_index.json").touch()
     monkeypatch.setattr(module, "MOST_BYTES", 1_000_000)
     with pytest.raises(UserError, match=r"takes .* MB; at most 1 fit"):
         bundle(Parts(model, model), out)
@@ -56,7 +58,7 @@ def test_what_does_not_fit_leaves_everything_as_it_was(
     with pytest.raises(UserError, match="clip is missing"):
         bundle(Parts(model, model), out)
     assert [path.name for path in tmp_path.iterdir() if path != model] == ["out"]
-    assert [path.name for path in out.iterdir()] == ["kept"]
+    assert [path.name for path in out.iterdir()] == ["model_index.json"]
 
 
 def test_adapter_and_small_decoder_come_beside_it_in_half_the_bytes(
@@ -90,3 +92,43 @@ def test_adapter_and_small_decoder_come_beside_it_in_half_the_bytes(
     with pytest.raises(UserError, match="few-step adapter takes"):
         bundle(parts, tmp_path / "out")
     assert (out / "lcm").is_dir()
+
+
+def test_only_a_bundle_is_replaced(model: Path, tmp_path: Path) -> None:
+    runs = tmp_path / "runs"
+    (runs / "unet" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(UserError, match="something else than a model"):
+        bundle(Parts(model, model), runs)
+    for out in (tmp_path, model):
+        with pytest.raises(UserError, match="lies in it"):
+            bundle(Parts(model, model), out)
+    with pytest.raises(UserError, match="is a file"):
+        bundle(Parts(model, model), model / "model_index.json")
+    assert (runs / "unet" / "checkpoints").is_dir()
+    assert (model / "unet").is_dir()
+
+
+@pytest.mark.parametrize("part", ["report", "lcm", "decoder", "history"])
+def test_a_part_that_cannot_be_read_is_named_and_nothing_is_left(
+    part: str, model: Path, tmp_path: Path
+) -> None:
+    broken = tmp_path / "broken"
+    told: dict[str, Any] = {part: broken}
+    with pytest.raises(UserError, match="broken is missing"):
+        bundle(Parts(model, model, **told), tmp_path / "out")
+    broken.write_bytes(b"\xff not what it should be")
+    with pytest.raises(UserError):
+        bundle(Parts(model, model, **told), tmp_path / "out")
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "broken"}
+
+
+def test_the_card_counts_and_tells_the_history(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "told.md").write_text("It saw {many} pictures.\n", "utf-8")
+    out = bundle(Parts(model, model, history=tmp_path / "told.md", licence="mit"), tmp_path / "out")
+    assert read_licence(out) == "mit"
+    card = (out / "README.md").read_text("utf-8")
+    assert "It saw {many} pictures." in card
+    pipe = LatentDiffusionPipeline.bundled()
+    for name in ("vae", "text_encoder", "unet"):
+        n = sum(p.numel() for p in getattr(pipe, name).parameters())
+        assert f"| {n / 1e6:.1f} M |" in card
