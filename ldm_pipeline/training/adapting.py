@@ -40,7 +40,7 @@ from ldm_pipeline.training.lora_card import PICTURES, model_card
 from ldm_pipeline.training.lora_export import check_formats, family_of_unet, write_formats
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.sharding import sharding
-from ldm_pipeline.training.start import precision
+from ldm_pipeline.training.start import attend_quickly, precision
 
 BANDS = 4
 """Into so many bands of levels the held-out loss is told."""
@@ -132,6 +132,8 @@ class AdapterObjective(nn.Module, ABC):
         pipe.to(self.state.device)
         self.latents = data.latents(pipe.vae, share)
         self.unet = pipe.unet
+        device = self.state.device.type
+        attend_quickly(self.unet, precision(config.run.mixed_precision, device), device)
         if config.gradient_checkpointing:
             self.unet.enable_gradient_checkpointing()
         encoders = self.conditioning.encoders

