@@ -14,6 +14,7 @@ has only to learn their words.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Self
 
@@ -36,7 +37,7 @@ from ldm_pipeline.training.config import (
     NonNegative,
     NonNegativeFloat,
     Positive,
-    Settings,
+    ShapeSettings,
     TrainingConfig,
     must_divide,
 )
@@ -49,7 +50,7 @@ from ldm_pipeline.training.world_data import WorldSettings, as_tensor
 SIDE = 128
 
 
-class ClipSettings(Settings):
+class ClipSettings(ShapeSettings):
     """The shape of both towers."""
 
     text_width: Positive = 128
@@ -81,6 +82,10 @@ class ClipConfig(TrainingConfig):
     layout_weight: NonNegativeFloat = Field(
         default=0.0, description="of naming what is where, a task beside the contrastive one"
     )
+
+    def settled(self) -> Collection[str]:
+        """The tokenizer is made of captions of this world: which number stands for which word."""
+        return ("data.seed",)
 
 
 class ClipObjective(nn.Module):

@@ -53,6 +53,18 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    def settled(self) -> Collection[str]:
+        """The fields, dotted where they lie deeper, that a run keeps to its end, see `resuming`."""
+        return ()
+
+
+class ShapeSettings(Settings):
+    """The shape of a network that is trained: some of it, as heads, shows in no tensor's shape."""
+
+    def settled(self) -> Collection[str]:
+        """All of it."""
+        return type(self).model_fields
+
 
 class OptimiserSettings(Settings):
     """The optimiser and the course of its learning rate: warm up, hold, cool down to zero."""
@@ -68,6 +80,10 @@ class OptimiserSettings(Settings):
     cooldown_steps: NonNegative = 0
     max_grad_norm: PositiveFloat = 1.0
     ema_decay: Fraction = Field(default=0.999, description="0: no moving average of weights")
+
+    def settled(self) -> Collection[str]:
+        """What is saved of an optimiser is of its kind."""
+        return ("kind",)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -98,6 +114,10 @@ class RunSettings(Settings):
     log_with: Literal["tensorboard", "wandb", "none"] = Field(
         default="tensorboard", description="wandb needs the extra: wandb"
     )
+
+    def settled(self) -> Collection[str]:
+        """Samples and noise of step k are those of the seed."""
+        return ("seed",)
 
 
 def must_divide(name: str, value: int, **multiples: Sequence[int]) -> None:

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from multiprocessing import get_all_start_methods
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -37,7 +35,14 @@ from ldm_pipeline.training import checkpoint
 from ldm_pipeline.training.clock import Clock
 from ldm_pipeline.training.config import TrainingConfig, write_yaml
 from ldm_pipeline.training.objective import Batch, Drawing, Objective, named
+from ldm_pipeline.training.resuming import (
+    FILE_NAME,
+    check_resume,
+    refuse_other_meaning,
+    say_what_changed,
+)
 from ldm_pipeline.training.sharding import Shards, sharding
+from ldm_pipeline.training.signals import leave_signals_to_the_run, stop_on_signals
 from ldm_pipeline.training.start import compiled, precision
 from ldm_pipeline.training.steps import Steps, seed_of
 from ldm_pipeline.training.tracking import check_tracker, keep_picture, start_tracker
@@ -61,11 +66,13 @@ class Interrupted(Exception):
 
 
 def check(config: TrainingConfig) -> None:
-    """Raise UserError where the settings do not fit together, the machine or the processes.
+    """Raise UserError where the settings do not fit together, the machine, the processes or what
+    the run in their folder was begun with.
 
     Nothing is built to find out: whoever has data to encode first can ask before.
     """
     run, state = config.run, launched()
+    check_resume(config)
     check_tracker(run.log_with)
     sharding(state)
     if run.batch_size % (state.num_processes * run.accumulation):
@@ -89,7 +96,7 @@ def fit(objective: nn.Module, config: TrainingConfig) -> Path:
     disk takes no more, and Interrupted after SIGINT or SIGTERM.
     """
     run = _Run(objective, config)
-    with _stop_on_signals() as stop:
+    with stop_on_signals() as stop:
         run.train(stop)
     return run.finish()
 
@@ -116,7 +123,7 @@ class _Run:
         self.optimiser: Any = self.accelerator.prepare_optimizer(optimiser)
         self.optimiser.train()
         self.average = moving_average(objective, self.trained, config.optimiser.ema_decay)
-        self.checkpoints = run.out / "checkpoints"
+        self.checkpoints = run.out / checkpoint.FOLDER
         self.forward = compiled(self.module) if run.compile else self.module
         self.accumulation, self.best = run.accumulation, math.inf
         self.done = self.logged = self._resume()
@@ -291,7 +298,7 @@ class _Run:
                 prefetch_factor=4 if workers else None,
                 multiprocessing_context="fork" if workers else None,
                 pin_memory=self.accelerator.device.type == "cuda",
-                worker_init_fn=_leave_signals_to_the_run,
+                worker_init_fn=leave_signals_to_the_run,
             )
         )
 
@@ -344,7 +351,9 @@ class _Run:
         """Open the run's folder, with the configuration and the log."""
         run = self.config.run
         run.out.mkdir(parents=True, exist_ok=True)
-        path, unfinished = run.out / "config.yaml", run.out / ".config.yaml.unfinished"
+        path, unfinished = run.out / FILE_NAME, run.out / f".{FILE_NAME}.unfinished"
+        if self.done:
+            say_what_changed(self.config)
         with writing(path, unfinished):
             write_yaml(self.config, unfinished)
             unfinished.replace(path)
@@ -393,13 +402,12 @@ class _Run:
         parts, state = checkpoint.load(newest)
         if parts["weights"].keys() != self.trained.keys():
             raise UserError(f"{newest} holds another model; choose another run.out or remove it")
-        asked = {"seed": self.config.run.seed, "kind": self.config.optimiser.kind}
-        for name, value in asked.items():
-            if state.get(name, value) != value:
-                raise UserError(
-                    f"{newest} was begun with {name}={state[name]}, not {value}; choose another "
-                    "run.out, or ask for the same again"
-                )
+        seed, kind = self.config.run.seed, self.config.optimiser.kind
+        told = {
+            "run": {"seed": state.get("seed", seed)},
+            "optimiser": {"kind": state.get("kind", kind)},
+        }
+        refuse_other_meaning(self.config, told, newest)  # also where config.yaml is gone
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 if parts["weights"][name].shape != parameter.shape:
@@ -408,43 +416,11 @@ class _Run:
                 self.average.average[name].copy_(parts["average"][name])
         others = state.get("optimiser", {})
         restore_optimiser(self.optimiser, self.trained, parts["optimiser"], others)
-        log.info("going on from %s", newest)
+        if self.accelerator.is_main_process:
+            log.info("going on from %s", newest)
         best = state.get("best")
         self.best = math.inf if best is None else float(best)
         smaller = int(state.get("accumulation", 0))  # an earlier process ran out of memory
         if smaller > self.accumulation and self._steps().share % smaller == 0:
             self.accumulation = smaller
         return int(state["step"])
-
-
-def _leave_signals_to_the_run(worker: int) -> None:
-    """A signal to the whole group must not end the workers: the step under way still needs them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[list[int]]:
-    """A list that SIGINT or SIGTERM fills; a second signal ends the process at once."""
-    received: list[int] = []
-    with on_signals(received.append):
-        yield received
-
-
-@contextmanager
-def on_signals(act: Callable[[int], None]) -> Iterator[None]:
-    """Within the block the first SIGINT or SIGTERM calls `act`; a second one does what it did."""
-    kept: dict[signal.Signals, Any] = {}
-
-    def once(number: int, frame: FrameType | None) -> None:
-        for known, handler in kept.items():
-            signal.signal(known, handler)
-        act(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        kept[number] = signal.signal(number, once)
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

@@ -12,7 +12,7 @@ Legend
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -69,6 +69,10 @@ class DistillationSettings(Settings):
         default=False, description="train a whole UNet that hears w, and no adapter (lora.*)"
     )
     w_channels: Positive = Field(default=256, description="in which a full one hears w")
+
+    def settled(self) -> Collection[str]:
+        """The student knows these levels, by this boundary condition, and hears w so or not."""
+        return ("original_steps", "timestep_scaling", "full", "w_channels")
 
     @model_validator(mode="after")
     def _fits(self) -> DistillationSettings:
