@@ -230,7 +230,7 @@ class _Run:
         elif scaler is None:
             leave_out(self.optimiser, self.guard.closed)
         self.optimiser.step()
-        if optimiser.ema_decay:
+        if self.average is not None:
             self.average.update(step + 1, self.guard.closed)
         return norm
 
@@ -341,7 +341,7 @@ class _Run:
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """Within the block the weights are the averaged ones, whoever averages them, and whole."""
-        averaged = self.average.in_place() if self.config.optimiser.ema_decay else nullcontext()
+        averaged = nullcontext() if self.average is None else self.average.in_place()
         with averaged, self.shards.whole():
             self.optimiser.eval()  # schedule-free optimisers average by themselves
             yield
@@ -378,11 +378,9 @@ class _Run:
 
     def _write_checkpoint(self) -> None:
         tensors, others = optimiser_state(self.optimiser, self.trained)
-        parts: dict[str, Mapping[str, Tensor]] = {
-            "weights": self.trained,
-            "average": self.average.average,
-            "optimiser": tensors,
-        }
+        parts: dict[str, Mapping[str, Tensor]] = {"weights": self.trained, "optimiser": tensors}
+        if self.average is not None:
+            parts["average"] = self.average.average
         state = {
             "optimiser": others,
             "seed": self.config.run.seed,
@@ -413,7 +411,8 @@ class _Run:
                 if parts["weights"][name].shape != parameter.shape:
                     raise UserError(f"{newest} holds another model ({name} has another shape)")
                 parameter.copy_(parts["weights"][name])
-                self.average.average[name].copy_(parts["average"][name])
+        if self.average is not None:
+            self.average.go_on(parts.get("average"))
         others = state.get("optimiser", {})
         restore_optimiser(self.optimiser, self.trained, parts["optimiser"], others)
         if self.accelerator.is_main_process:

@@ -329,6 +329,37 @@ def test_the_final_model_is_the_average_where_there_is_one(
     assert_same(saved(config)[part], final)
 
 
+@pytest.mark.parametrize("by_an_earlier_version", [False, True])
+def test_an_average_that_is_switched_on_begins_from_the_weights_as_they_are(
+    tmp_path: Path, by_an_earlier_version: bool
+) -> None:
+    """Without an average none is saved; earlier versions saved the weights that a run began with.
+    From then on it is carried along: a stop leaves no trace."""
+    began = {n: Toy(settings(tmp_path)).get_parameter(n).detach() for n in TRAINED}
+    ends = []
+    for out in ("whole", "broken"):
+        without = settings(tmp_path / out, steps=3, ema_decay=0.0)
+        fit(Toy(without), without)
+        parts = saved(without)
+        assert parts.keys() == {"weights", "optimiser"}
+        if by_an_earlier_version:
+            newest = checkpoint.newest(without.run.out / "checkpoints")
+            assert newest is not None
+            state = checkpoint.load(newest)[1]
+            checkpoint.save(newest.parent, 3, {**parts, "average": began}, state)
+        config = settings(tmp_path / out, steps=5, ema_decay=0.9)
+        if out == "broken":
+            with pytest.raises(Interrupted):
+                fit(Toy(config, stop_in(3, 4, signal.SIGTERM)), config)
+            # After 4 updates the decay is 5 / 14.
+            for name, value in saved(config)["average"].items():
+                wanted = torch.lerp(saved(config)["weights"][name], parts["weights"][name], 5 / 14)
+                assert torch.allclose(value, wanted, rtol=1e-6, atol=1e-7), name  # rounding
+        fit(Toy(config), config)
+        ends.append(saved(config)["average"])
+    assert_same(*ends)
+
+
 # -- refusals --------------------------------------------------------------------------------
 
 
