@@ -43,7 +43,7 @@ from ldm_pipeline.training.config import (
 )
 from ldm_pipeline.training.layout import FINE, LayoutHead, labels_of
 from ldm_pipeline.training.objective import Batch
-from ldm_pipeline.training.start import take_weights
+from ldm_pipeline.training.start import part_of, take_weights
 from ldm_pipeline.training.tokenizer import train_tokenizer
 from ldm_pipeline.training.world_data import WorldSettings, as_tensor
 
@@ -106,7 +106,7 @@ class ClipObjective(nn.Module):
         if config.text is not None:
             self._take_text(config.text / "text_encoder")
         if config.begin_from is not None:
-            take_weights(self.clip, config.begin_from)
+            take_weights(self.clip, part_of(config.begin_from, "clip"))
 
     def batch(self, positions: range) -> Batch:
         """Pictures, and token ids of 1 + K captions each [B, 1 + K, L]; the first is true."""
@@ -196,7 +196,7 @@ class ClipObjective(nn.Module):
     def _take_text(self, folder: Path) -> None:
         """Begin the text tower from the text encoder in `folder`, which knows the same words."""
         encoder = CLIPTextModel(self.clip.config.text_config)
-        take_weights(encoder, folder)
+        take_weights(encoder, folder, "text")
         weights = encoder.state_dict()
         body = {name.removeprefix("text_model."): value for name, value in weights.items()}
         self.clip.text_model.load_state_dict(body)
