@@ -8,7 +8,8 @@ Nothing here remembers where it was but the step. The batch of step k, its noise
 rate are functions of (seed, k), so a run that was killed and started again by the same command goes
 through the same updates, bit for bit on a CPU, and N processes share one global batch. With AdamW
 nothing waits for the device either, but where something is logged, measured or saved; other
-optimisers cannot leave a step out by themselves, and wait once a step to see that it is finite.
+optimisers cannot leave a step out by themselves, and wait once a step to see that it is finite, as
+every optimiser does under fp16.
 """
 
 from __future__ import annotations
@@ -225,10 +226,12 @@ class _Run:
         rate = learning_rate(step, self.config.run.steps, optimiser)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        if not skips_on_the_device(self.optimiser):
-            self._stop_if_spoilt()  # this waits for the device, at every step
-        elif scaler is None:
+        if scaler is None and skips_on_the_device(self.optimiser):
             leave_out(self.optimiser, self.guard.closed)
+        else:
+            # Waits for the device at every step. A scaler does, too, but would leave out the one
+            # step alone: later ones would move the weights.
+            self._stop_if_spoilt()
         self.optimiser.step()
         if self.average is not None:
             self.average.update(step + 1, self.guard.closed)
@@ -273,7 +276,9 @@ class _Run:
         found = []
         for position in (p for piece in self._steps().positions(step) for p in piece):
             self._backward(step, [self.objective.batch(range(position, position + 1))])
-            if not torch.isfinite(self.gradients.buffer).all():
+            fp16 = self.accelerator.scaler is not None  # where scaled gradients may be infinite
+            looked_at = self.gradients.measures if fp16 else self.gradients.buffer
+            if not torch.isfinite(looked_at).all():
                 found.append(named(self.objective, position))
         return found
 

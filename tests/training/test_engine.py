@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.training import checkpoint
+from ldm_pipeline.training import checkpoint, engine
 from ldm_pipeline.training.config import OptimiserSettings, TrainingConfig
 from ldm_pipeline.training.engine import Interrupted, fit
 from ldm_pipeline.training.objective import Batch, Objective
@@ -414,6 +414,28 @@ def test_what_was_not_finite_is_found_later_with_the_sample_and_nothing_is_lost(
         fit(toy, config)
     assert not (tmp_path / "spoilt" / "checkpoints").exists()
     good = settings(tmp_path / "good", steps=6, save_every=1, keep_checkpoints=9)
+    fit(Toy(good), good)
+    before = checkpoint.load(good.run.out / "checkpoints" / "step-00000003")[0]["weights"]
+    assert_same(before, {n: toy.get_parameter(n).detach() for n in TRAINED})
+
+
+def test_under_a_scaler_what_is_not_finite_is_found_in_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under fp16, looked at every 5 steps only: no later step moves the weights."""
+
+    class Scaling(Accelerator):
+        def __init__(self, **told: Any) -> None:
+            super().__init__(**told)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    monkeypatch.setattr(engine, "Accelerator", Scaling)
+    config = settings(tmp_path / "spoilt", validate_every=100)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"log_every": 5})})
+    toy = Spoilt(config, "loss")
+    with pytest.raises(FloatingPointError, match=r"^step 3: .*\(sample 13\)"):
+        fit(toy, config)
+    good = settings(tmp_path / "good", save_every=1, keep_checkpoints=9)
     fit(Toy(good), good)
     before = checkpoint.load(good.run.out / "checkpoints" / "step-00000003")[0]["weights"]
     assert_same(before, {n: toy.get_parameter(n).detach() for n in TRAINED})
