@@ -56,7 +56,7 @@ class DistillationSettings(Settings):
         default=(5.0, 15.0), description="the teacher's guidance_scale - 1, drawn between these"
     )
     solver: Literal["ddim", "heun"] = Field(default="ddim", description="heun costs a call more")
-    huber: PositiveFloat | None = Field(default=0.001, description="none: squared errors")
+    huber: PositiveFloat | None = Field(default=0.001, description="null: squared errors")
     units: Literal["latents", "noise"] = Field(
         default="noise",
         description="of what errors are measured in: noise divides them by their level's, or the "
