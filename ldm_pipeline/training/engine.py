@@ -46,6 +46,7 @@ from ldm_pipeline.training.sharding import Shards, sharding
 from ldm_pipeline.training.signals import leave_signals_to_the_run, stop_on_signals
 from ldm_pipeline.training.start import compiled, precision
 from ldm_pipeline.training.steps import Steps, seed_of
+from ldm_pipeline.training.too_large import ADVICE, in_memory
 from ldm_pipeline.training.tracking import check_tracker, keep_picture, start_tracker
 from ldm_pipeline.training.updates import (
     Gradients,
@@ -60,6 +61,12 @@ from ldm_pipeline.training.updates import (
 )
 
 log = logging.getLogger(__name__)
+
+
+SMALLER_UPDATE = (
+    "optimiser.kind=adafactor keeps less, optimiser.ema_decay=0 keeps no copy; or train less"
+)
+"""What to do where the optimiser's own state does not fit."""
 
 
 class Interrupted(Exception):
@@ -96,10 +103,11 @@ def fit(objective: nn.Module, config: TrainingConfig) -> Path:
     loss or gradient that is not finite (nothing was updated from there on), NotWritten where the
     disk takes no more, and Interrupted after SIGINT or SIGTERM.
     """
-    run = _Run(objective, config)
-    with stop_on_signals() as stop:
-        run.train(stop)
-    return run.finish()
+    with in_memory("outside the gradients of a step"):
+        run = _Run(objective, config)
+        with stop_on_signals() as stop:
+            run.train(stop)
+        return run.finish()
 
 
 class _Run:
@@ -232,7 +240,8 @@ class _Run:
             # Waits for the device at every step. A scaler does, too, but would leave out the one
             # step alone: later ones would move the weights.
             self._stop_if_spoilt()
-        self.optimiser.step()
+        with in_memory("in an update", SMALLER_UPDATE):
+            self.optimiser.step()
         if self.average is not None:
             self.average.update(step + 1, self.guard.closed)
         return norm
@@ -241,10 +250,7 @@ class _Run:
         """Go on with pieces of half the size: the batch of an update stays what it was."""
         piece = self._steps().piece
         if piece == 1:
-            raise UserError(
-                "out of memory with a single sample: use smaller pictures, a smaller model or, on "
-                "a GPU, run.mixed_precision=bf16"
-            )
+            raise UserError(f"out of memory with a single sample: {ADVICE}")
         parts = next(n for n in range(2, piece + 1) if piece % n == 0)
         self.accumulation *= parts
         if torch.cuda.is_available():
@@ -321,7 +327,7 @@ class _Run:
 
     def _validate(self, bar: Any) -> None:
         self.module.eval()
-        with self._averaged():
+        with in_memory("in a validation"), self._averaged():
             scores = self.objective.validate()
             self._by_the_first(lambda: self._keep(scores, bar))
         self.module.train()
@@ -369,7 +375,8 @@ class _Run:
         error: Exception | None = None
         if self.accelerator.is_main_process:
             try:
-                write()
+                with in_memory("while pictures were drawn or a model was written"):
+                    write()
             except (OSError, UserError) as caught:
                 error = caught
         told = self.ranks.told("" if error is None else in_one_line(error))
