@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ldm_pipeline.data.writing import NotWritten, in_one_line, write_folder, writing
+from ldm_pipeline.data.writing import NotWritten, in_one_line, settle_folder, write_folder, writing
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.processes.ranks import Ranks, launched
 from ldm_pipeline.training import checkpoint
@@ -365,6 +365,8 @@ class _Run:
         path, unfinished = run.out / FILE_NAME, run.out / f".{FILE_NAME}.unfinished"
         if self.done:
             say_what_changed(self.config)
+        for name in ("best", "final"):
+            settle_folder(run.out / name)
         with writing(path, unfinished):
             write_yaml(self.config, unfinished)
             unfinished.replace(path)
