@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
+
+log = logging.getLogger(__name__)
 
 
 class NotWritten(OSError):
@@ -36,20 +39,49 @@ def writing(path: Path, unfinished: Path) -> Iterator[None]:
 
 
 def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a folder, and put its files into `folder`; what else is there stays.
+    """Let `write` fill a folder, and put it in the place of `folder` as a whole.
 
-    Where that fails, `folder` is as it was. Raises `NotWritten`.
+    Where that fails, `folder` is as it was. A kill at any moment leaves the old one or the new one,
+    perhaps beside its place, from where `settle_folder` brings it back. Raises `NotWritten`.
     """
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    folder = folder.resolve()  # where it is a link, what it points to
+    unfinished, old = (folder.with_name(f".{folder.name}.{end}") for end in ("unfinished", "old"))
     with writing(folder, unfinished):
+        settle_folder(folder)
         shutil.rmtree(unfinished, ignore_errors=True)  # of a killed run
         write(unfinished)
-        for path in sorted(unfinished.rglob("*")):
-            place = folder / path.relative_to(unfinished)
-            if path.is_file():
-                place.parent.mkdir(parents=True, exist_ok=True)
-                path.replace(place)
-        shutil.rmtree(unfinished)
+        if folder.exists():
+            folder.rename(old)
+        try:
+            unfinished.rename(folder)
+        except OSError:
+            settle_folder(folder)
+            raise
+        settle_folder(folder)
+
+
+def settle_folder(folder: Path) -> None:
+    """End what `write_folder` began for `folder`, should it have been killed.
+
+    Files that the new folder lacks, of another layout or somebody's own, are put beside it, into
+    `<folder>.before`.
+    """
+    folder = folder.resolve()
+    old, before = folder.with_name(f".{folder.name}.old"), folder.with_name(f"{folder.name}.before")
+    if not old.exists():
+        return
+    if not folder.exists():
+        old.rename(folder)
+        return
+    files = [path.relative_to(old) for path in sorted(old.rglob("*")) if path.is_file()]
+    left = [file for file in files if not (folder / file).exists()]
+    for file in left:
+        (before / file).parent.mkdir(parents=True, exist_ok=True)
+        (old / file).replace(before / file)
+    if left:
+        log.info("%s was written anew; in %s are from before: %s",
+                 folder, before, ", ".join(map(str, left)))  # fmt: skip
+    shutil.rmtree(old)
 
 
 def in_one_line(error: Exception) -> str:

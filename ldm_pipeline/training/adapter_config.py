@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -41,6 +42,10 @@ class AdapterSettings(Settings):
         default=("diffusers",), description="layouts of the file; diffusers' is always written"
     )
 
+    def settled(self) -> Collection[str]:
+        """The values of an adapter mean what its modules, its scale and its kind make of them."""
+        return [name for name in type(self).model_fields if name != "formats"]
+
     def settings(self) -> LoraSettings:
         """The same as `lora` takes it."""
         targets = self.targets if isinstance(self.targets, str) else list(self.targets)
@@ -64,6 +69,10 @@ class AdapterConfig(TrainingConfig):
     lora: AdapterSettings = AdapterSettings()
     gradient_checkpointing: bool = False
     pictures: PictureSettings = PictureSettings()
+
+    def settled(self) -> Collection[str]:
+        """An adapter is a difference from one model."""
+        return ("model",)
 
     @model_validator(mode="after")
     def _fits_together(self) -> AdapterConfig:

@@ -41,6 +41,7 @@ from ldm_pipeline.training.lora_export import check_formats, family_of_unet, wri
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.sharding import sharding
 from ldm_pipeline.training.start import attend_quickly, precision
+from ldm_pipeline.training.too_large import in_memory
 
 BANDS = 4
 """Into so many bands of levels the held-out loss is told."""
@@ -233,10 +234,25 @@ class AdapterObjective(nn.Module, ABC):
         for bands, group in self._validation(chosen):
             moved = {name: value.to(self.unet.device) for name, value in group.items()}
             with context:
-                errors = self._errors(self._ready(moved))
+                errors = self._errors_in_parts(moved)
             sums.index_add_(0, torch.tensor(bands), errors.double().cpu())
         means = (self.ranks.total(sums) / len(chosen)).tolist()
         return {"loss": sum(means) / BANDS} | {f"loss_band_{i}": m for i, m in enumerate(means)}
+
+    def _errors_in_parts(self, group: dict[str, Tensor]) -> Tensor:
+        """The plain penalty of each sample of a group, [n]; in halves where memory asks for it."""
+        try:
+            return self._errors(self._ready(group))
+        except torch.OutOfMemoryError:
+            n = len(group["z"])
+            if n == 1:
+                raise
+        # Here, as the error would hold what the attempt had made.
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        halves = (slice(None, n // 2), slice(n // 2, None))
+        parts = [{name: value[half] for name, value in group.items()} for half in halves]
+        return torch.cat([self._errors_in_parts(part) for part in parts])
 
     def _validation(self, chosen: list[Sample]) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """This process's share of every chosen sample in every band: (bands, group), batched."""
@@ -249,7 +265,7 @@ class AdapterObjective(nn.Module, ABC):
                 share = (band + rng.random()) / BANDS
                 one = self._drawn(sample, -1 - number * BANDS - band, share)
                 drawn.setdefault(sample.transform.bucket, []).append((band, one))
-        # What fits into the memory with gradients fits without.
+        # What fits into the memory with gradients fits without; what a run found not to fit is cut.
         most = max(1, run.batch_size // (self.ranks.count * run.accumulation))
         for group in drawn.values():
             for start in range(0, len(group), most):
@@ -285,11 +301,12 @@ class AdapterObjective(nn.Module, ABC):
         """The prompts drawn without the adapter and with it, side by side; None without prompts."""
         if self._pipe is None:
             return None
-        if not self._base:
-            with self._untrained():
-                told = self.config.pictures
-                self._base = self._draw(self._pipe, told.steps, told.guidance)
-        adapted = self._adapted(self._pipe)
+        with in_memory("with pictures.prompts, which are drawn at once", "name fewer of them"):
+            if not self._base:
+                with self._untrained():
+                    told = self.config.pictures
+                    self._base = self._draw(self._pipe, told.steps, told.guidance)
+            adapted = self._adapted(self._pipe)
         prompts = self.config.pictures.prompts
         pairs = [(self._base[i], adapted[i]) for i in range(len(prompts))]
         captions = [text for p in prompts for text in (f"without: {p}", f"with: {p}")]

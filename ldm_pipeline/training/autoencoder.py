@@ -11,6 +11,7 @@ shapes have no texture to invent).
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Annotated, Self
 
@@ -27,6 +28,7 @@ from ldm_pipeline.training.config import (
     NonNegativeFloat,
     Positive,
     Settings,
+    ShapeSettings,
     TrainingConfig,
     must_divide,
 )
@@ -37,7 +39,7 @@ from ldm_pipeline.training.world_data import WorldSettings, as_tensor, fresh_pic
 Crop = Annotated[int, Field(gt=0, le=128, multiple_of=8)]
 
 
-class AutoencoderSettings(Settings):
+class AutoencoderSettings(ShapeSettings):
     """The shape of the network: four levels, each but the last halves the sides."""
 
     channels: tuple[Positive, Positive, Positive, Positive] = (32, 64, 96, 128)
@@ -90,6 +92,10 @@ class AutoencoderConfig(TrainingConfig):
         default=False,
         description="leave the encoder as begin_from has it, and so the latents what they are",
     )
+
+    def settled(self) -> Collection[str]:
+        """Which encoder it is, where that is frozen."""
+        return ("decoder_only", "begin_from") if self.decoder_only else ("decoder_only",)
 
     @model_validator(mode="after")
     def _begun(self) -> Self:

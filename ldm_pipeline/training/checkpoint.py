@@ -25,6 +25,9 @@ from ldm_pipeline.data.writing import writing
 
 log = logging.getLogger(__name__)
 
+FOLDER = "checkpoints"
+"""Of a run's folder, where its checkpoints are."""
+
 MANIFEST = "manifest.json"
 STATE = "state.json"
 UNFINISHED = ".unfinished-"

@@ -14,6 +14,7 @@ has only to learn their words.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Self
 
@@ -36,20 +37,20 @@ from ldm_pipeline.training.config import (
     NonNegative,
     NonNegativeFloat,
     Positive,
-    Settings,
+    ShapeSettings,
     TrainingConfig,
     must_divide,
 )
 from ldm_pipeline.training.layout import FINE, LayoutHead, labels_of
 from ldm_pipeline.training.objective import Batch
-from ldm_pipeline.training.start import take_weights
+from ldm_pipeline.training.start import part_of, take_weights
 from ldm_pipeline.training.tokenizer import train_tokenizer
 from ldm_pipeline.training.world_data import WorldSettings, as_tensor
 
 SIDE = 128
 
 
-class ClipSettings(Settings):
+class ClipSettings(ShapeSettings):
     """The shape of both towers."""
 
     text_width: Positive = 128
@@ -82,6 +83,10 @@ class ClipConfig(TrainingConfig):
         default=0.0, description="of naming what is where, a task beside the contrastive one"
     )
 
+    def settled(self) -> Collection[str]:
+        """The tokenizer is made of captions of this world: which number stands for which word."""
+        return ("data.seed",)
+
 
 class ClipObjective(nn.Module):
     """Pictures and their captions find each other."""
@@ -101,7 +106,7 @@ class ClipObjective(nn.Module):
         if config.text is not None:
             self._take_text(config.text / "text_encoder")
         if config.begin_from is not None:
-            take_weights(self.clip, config.begin_from)
+            take_weights(self.clip, part_of(config.begin_from, "clip"))
 
     def batch(self, positions: range) -> Batch:
         """Pictures, and token ids of 1 + K captions each [B, 1 + K, L]; the first is true."""
@@ -191,7 +196,7 @@ class ClipObjective(nn.Module):
     def _take_text(self, folder: Path) -> None:
         """Begin the text tower from the text encoder in `folder`, which knows the same words."""
         encoder = CLIPTextModel(self.clip.config.text_config)
-        take_weights(encoder, folder)
+        take_weights(encoder, folder, "text")
         weights = encoder.state_dict()
         body = {name.removeprefix("text_model."): value for name, value in weights.items()}
         self.clip.text_model.load_state_dict(body)

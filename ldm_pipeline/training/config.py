@@ -4,7 +4,8 @@ Every field is typed, documented by its description and closed: a key that no fi
 with the nearest name. `parse(Config, argv)` reads
 
     --config FILE                 a YAML file with any of the fields
-    --section.key VALUE           an override of one field (also --section.key=VALUE)
+    --section.key VALUE           an override of one field (also --section.key=VALUE), in YAML; for
+                                  a text or a path the VALUE as it stands, or null for none
     --help                        the fields, their types and defaults
 
 and returns a frozen value. Nothing is read from the environment.
@@ -15,7 +16,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
 
 import yaml
 from pydantic import (
@@ -24,6 +26,8 @@ from pydantic import (
     ConfigDict,
     Field,
     ValidationError,
+    ValidationInfo,
+    field_validator,
     model_validator,
 )
 
@@ -53,6 +57,27 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _none_is_null(cls, value: Any, info: ValidationInfo) -> Any:
+        """YAML reads `none` as a text; where no text is wanted it means null."""
+        if value not in ("none", "None") or info.field_name is None:
+            return value
+        kinds = _kinds(cls.model_fields[info.field_name].annotation)
+        return None if NoneType in kinds and not kinds & {str, Path} else value
+
+    def settled(self) -> Collection[str]:
+        """The fields, dotted where they lie deeper, that a run keeps to its end, see `resuming`."""
+        return ()
+
+
+class ShapeSettings(Settings):
+    """The shape of a network that is trained: some of it, as heads, shows in no tensor's shape."""
+
+    def settled(self) -> Collection[str]:
+        """All of it."""
+        return type(self).model_fields
+
 
 class OptimiserSettings(Settings):
     """The optimiser and the course of its learning rate: warm up, hold, cool down to zero."""
@@ -68,6 +93,10 @@ class OptimiserSettings(Settings):
     cooldown_steps: NonNegative = 0
     max_grad_norm: PositiveFloat = 1.0
     ema_decay: Fraction = Field(default=0.999, description="0: no moving average of weights")
+
+    def settled(self) -> Collection[str]:
+        """What is saved of an optimiser is of its kind."""
+        return ("kind",)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -98,6 +127,10 @@ class RunSettings(Settings):
     log_with: Literal["tensorboard", "wandb", "none"] = Field(
         default="tensorboard", description="wandb needs the extra: wandb"
     )
+
+    def settled(self) -> Collection[str]:
+        """Samples and noise of step k are those of the seed."""
+        return ("seed",)
 
 
 def must_divide(name: str, value: int, **multiples: Sequence[int]) -> None:
@@ -144,7 +177,7 @@ def parse(config: type[Config], argv: Sequence[str] | None = None) -> Config:
         else:
             overrides.append((key, value))
     for key, value in overrides:
-        _put(values, key, _value(key, value))
+        _put(values, key, _value(config, key, value))
     return validated(config, values, source or "command line", {key for key, _ in overrides})
 
 
@@ -208,13 +241,37 @@ def _described(section: type[BaseModel], prefix: str = "") -> list[str]:
     return lines
 
 
-def _value(key: str, text: str) -> Any:
-    """What an override's text says, read as YAML; the empty text stands for itself."""
+def _value(config: type[BaseModel], key: str, text: str) -> Any:
+    """What an override's text says: itself where a text or path is wanted, else read as YAML.
+
+    The empty text stands for itself.
+    """
+    kinds = _kinds(_annotation(config, key))
+    if kinds - {NoneType} and kinds <= {str, Path, NoneType}:
+        return None if text == "null" and NoneType in kinds else text
     try:
         return yaml.safe_load(text) if text else ""
     except NO_YAML as error:
         why = " ".join(str(error).split())
         raise UserError(f"--{key}: {text!r} is not YAML ({why})") from error
+
+
+def _annotation(model: type[BaseModel] | None, key: str) -> Any:
+    """The type of the field at a dotted key; None where there is no such field."""
+    annotation: Any = None
+    for part in key.split("."):
+        field = model.model_fields.get(part) if model is not None else None
+        if field is None:
+            return None
+        annotation = field.annotation
+        model = _section(annotation)
+    return annotation
+
+
+def _kinds(annotation: Any) -> set[Any]:
+    """The types of which a value may be one."""
+    united = get_origin(annotation) in (Union, UnionType)
+    return set(get_args(annotation)) if united else {annotation}
 
 
 def _put(values: dict[str, Any], key: str, value: Any) -> None:

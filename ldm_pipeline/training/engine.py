@@ -8,19 +8,18 @@ Nothing here remembers where it was but the step. The batch of step k, its noise
 rate are functions of (seed, k), so a run that was killed and started again by the same command goes
 through the same updates, bit for bit on a CPU, and N processes share one global batch. With AdamW
 nothing waits for the device either, but where something is logged, measured or saved; other
-optimisers cannot leave a step out by themselves, and wait once a step to see that it is finite.
+optimisers cannot leave a step out by themselves, and wait once a step to see that it is finite, as
+every optimiser does under fp16.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from multiprocessing import get_all_start_methods
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -30,16 +29,24 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from ldm_pipeline.data.writing import NotWritten, in_one_line, write_folder, writing
+from ldm_pipeline.data.writing import NotWritten, in_one_line, settle_folder, write_folder, writing
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.processes.ranks import Ranks, launched
 from ldm_pipeline.training import checkpoint
 from ldm_pipeline.training.clock import Clock
 from ldm_pipeline.training.config import TrainingConfig, write_yaml
 from ldm_pipeline.training.objective import Batch, Drawing, Objective, named
+from ldm_pipeline.training.resuming import (
+    FILE_NAME,
+    check_resume,
+    refuse_other_meaning,
+    say_what_changed,
+)
 from ldm_pipeline.training.sharding import Shards, sharding
+from ldm_pipeline.training.signals import leave_signals_to_the_run, stop_on_signals
 from ldm_pipeline.training.start import compiled, precision
 from ldm_pipeline.training.steps import Steps, seed_of
+from ldm_pipeline.training.too_large import ADVICE, in_memory
 from ldm_pipeline.training.tracking import check_tracker, keep_picture, start_tracker
 from ldm_pipeline.training.updates import (
     Gradients,
@@ -56,16 +63,24 @@ from ldm_pipeline.training.updates import (
 log = logging.getLogger(__name__)
 
 
+SMALLER_UPDATE = (
+    "optimiser.kind=adafactor keeps less, optimiser.ema_decay=0 keeps no copy; or train less"
+)
+"""What to do where the optimiser's own state does not fit."""
+
+
 class Interrupted(Exception):
     """The run was asked to stop; everything is saved, and the same command goes on."""
 
 
 def check(config: TrainingConfig) -> None:
-    """Raise UserError where the settings do not fit together, the machine or the processes.
+    """Raise UserError where the settings do not fit together, the machine, the processes or what
+    the run in their folder was begun with.
 
     Nothing is built to find out: whoever has data to encode first can ask before.
     """
     run, state = config.run, launched()
+    check_resume(config)
     check_tracker(run.log_with)
     sharding(state)
     if run.batch_size % (state.num_processes * run.accumulation):
@@ -88,10 +103,11 @@ def fit(objective: nn.Module, config: TrainingConfig) -> Path:
     loss or gradient that is not finite (nothing was updated from there on), NotWritten where the
     disk takes no more, and Interrupted after SIGINT or SIGTERM.
     """
-    run = _Run(objective, config)
-    with _stop_on_signals() as stop:
-        run.train(stop)
-    return run.finish()
+    with in_memory("outside the gradients of a step"):
+        run = _Run(objective, config)
+        with stop_on_signals() as stop:
+            run.train(stop)
+        return run.finish()
 
 
 class _Run:
@@ -116,7 +132,7 @@ class _Run:
         self.optimiser: Any = self.accelerator.prepare_optimizer(optimiser)
         self.optimiser.train()
         self.average = moving_average(objective, self.trained, config.optimiser.ema_decay)
-        self.checkpoints = run.out / "checkpoints"
+        self.checkpoints = run.out / checkpoint.FOLDER
         self.forward = compiled(self.module) if run.compile else self.module
         self.accumulation, self.best = run.accumulation, math.inf
         self.done = self.logged = self._resume()
@@ -218,12 +234,15 @@ class _Run:
         rate = learning_rate(step, self.config.run.steps, optimiser)
         for group in self.optimiser.param_groups:
             group["lr"] = rate
-        if not skips_on_the_device(self.optimiser):
-            self._stop_if_spoilt()  # this waits for the device, at every step
-        elif scaler is None:
+        if scaler is None and skips_on_the_device(self.optimiser):
             leave_out(self.optimiser, self.guard.closed)
-        self.optimiser.step()
-        if optimiser.ema_decay:
+        else:
+            # Waits for the device at every step. A scaler does, too, but would leave out the one
+            # step alone: later ones would move the weights.
+            self._stop_if_spoilt()
+        with in_memory("in an update", SMALLER_UPDATE):
+            self.optimiser.step()
+        if self.average is not None:
             self.average.update(step + 1, self.guard.closed)
         return norm
 
@@ -231,10 +250,7 @@ class _Run:
         """Go on with pieces of half the size: the batch of an update stays what it was."""
         piece = self._steps().piece
         if piece == 1:
-            raise UserError(
-                "out of memory with a single sample: use smaller pictures, a smaller model or, on "
-                "a GPU, run.mixed_precision=bf16"
-            )
+            raise UserError(f"out of memory with a single sample: {ADVICE}")
         parts = next(n for n in range(2, piece + 1) if piece % n == 0)
         self.accumulation *= parts
         if torch.cuda.is_available():
@@ -266,7 +282,9 @@ class _Run:
         found = []
         for position in (p for piece in self._steps().positions(step) for p in piece):
             self._backward(step, [self.objective.batch(range(position, position + 1))])
-            if not torch.isfinite(self.gradients.buffer).all():
+            fp16 = self.accelerator.scaler is not None  # where scaled gradients may be infinite
+            looked_at = self.gradients.measures if fp16 else self.gradients.buffer
+            if not torch.isfinite(looked_at).all():
                 found.append(named(self.objective, position))
         return found
 
@@ -291,7 +309,7 @@ class _Run:
                 prefetch_factor=4 if workers else None,
                 multiprocessing_context="fork" if workers else None,
                 pin_memory=self.accelerator.device.type == "cuda",
-                worker_init_fn=_leave_signals_to_the_run,
+                worker_init_fn=leave_signals_to_the_run,
             )
         )
 
@@ -309,7 +327,7 @@ class _Run:
 
     def _validate(self, bar: Any) -> None:
         self.module.eval()
-        with self._averaged():
+        with in_memory("in a validation"), self._averaged():
             scores = self.objective.validate()
             self._by_the_first(lambda: self._keep(scores, bar))
         self.module.train()
@@ -334,7 +352,7 @@ class _Run:
     @contextmanager
     def _averaged(self) -> Iterator[None]:
         """Within the block the weights are the averaged ones, whoever averages them, and whole."""
-        averaged = self.average.in_place() if self.config.optimiser.ema_decay else nullcontext()
+        averaged = nullcontext() if self.average is None else self.average.in_place()
         with averaged, self.shards.whole():
             self.optimiser.eval()  # schedule-free optimisers average by themselves
             yield
@@ -344,7 +362,11 @@ class _Run:
         """Open the run's folder, with the configuration and the log."""
         run = self.config.run
         run.out.mkdir(parents=True, exist_ok=True)
-        path, unfinished = run.out / "config.yaml", run.out / ".config.yaml.unfinished"
+        path, unfinished = run.out / FILE_NAME, run.out / f".{FILE_NAME}.unfinished"
+        if self.done:
+            say_what_changed(self.config)
+        for name in ("best", "final"):
+            settle_folder(run.out / name)
         with writing(path, unfinished):
             write_yaml(self.config, unfinished)
             unfinished.replace(path)
@@ -355,7 +377,8 @@ class _Run:
         error: Exception | None = None
         if self.accelerator.is_main_process:
             try:
-                write()
+                with in_memory("while pictures were drawn or a model was written"):
+                    write()
             except (OSError, UserError) as caught:
                 error = caught
         told = self.ranks.told("" if error is None else in_one_line(error))
@@ -369,11 +392,9 @@ class _Run:
 
     def _write_checkpoint(self) -> None:
         tensors, others = optimiser_state(self.optimiser, self.trained)
-        parts: dict[str, Mapping[str, Tensor]] = {
-            "weights": self.trained,
-            "average": self.average.average,
-            "optimiser": tensors,
-        }
+        parts: dict[str, Mapping[str, Tensor]] = {"weights": self.trained, "optimiser": tensors}
+        if self.average is not None:
+            parts["average"] = self.average.average
         state = {
             "optimiser": others,
             "seed": self.config.run.seed,
@@ -393,58 +414,26 @@ class _Run:
         parts, state = checkpoint.load(newest)
         if parts["weights"].keys() != self.trained.keys():
             raise UserError(f"{newest} holds another model; choose another run.out or remove it")
-        asked = {"seed": self.config.run.seed, "kind": self.config.optimiser.kind}
-        for name, value in asked.items():
-            if state.get(name, value) != value:
-                raise UserError(
-                    f"{newest} was begun with {name}={state[name]}, not {value}; choose another "
-                    "run.out, or ask for the same again"
-                )
+        seed, kind = self.config.run.seed, self.config.optimiser.kind
+        told = {
+            "run": {"seed": state.get("seed", seed)},
+            "optimiser": {"kind": state.get("kind", kind)},
+        }
+        refuse_other_meaning(self.config, told, newest)  # also where config.yaml is gone
         with torch.no_grad():
             for name, parameter in self.trained.items():
                 if parts["weights"][name].shape != parameter.shape:
                     raise UserError(f"{newest} holds another model ({name} has another shape)")
                 parameter.copy_(parts["weights"][name])
-                self.average.average[name].copy_(parts["average"][name])
+        if self.average is not None:
+            self.average.go_on(parts.get("average"))
         others = state.get("optimiser", {})
         restore_optimiser(self.optimiser, self.trained, parts["optimiser"], others)
-        log.info("going on from %s", newest)
+        if self.accelerator.is_main_process:
+            log.info("going on from %s", newest)
         best = state.get("best")
         self.best = math.inf if best is None else float(best)
         smaller = int(state.get("accumulation", 0))  # an earlier process ran out of memory
         if smaller > self.accumulation and self._steps().share % smaller == 0:
             self.accumulation = smaller
         return int(state["step"])
-
-
-def _leave_signals_to_the_run(worker: int) -> None:
-    """A signal to the whole group must not end the workers: the step under way still needs them."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
-@contextmanager
-def _stop_on_signals() -> Iterator[list[int]]:
-    """A list that SIGINT or SIGTERM fills; a second signal ends the process at once."""
-    received: list[int] = []
-    with on_signals(received.append):
-        yield received
-
-
-@contextmanager
-def on_signals(act: Callable[[int], None]) -> Iterator[None]:
-    """Within the block the first SIGINT or SIGTERM calls `act`; a second one does what it did."""
-    kept: dict[signal.Signals, Any] = {}
-
-    def once(number: int, frame: FrameType | None) -> None:
-        for known, handler in kept.items():
-            signal.signal(known, handler)
-        act(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        kept[number] = signal.signal(number, once)
-    try:
-        yield
-    finally:
-        for number, handler in kept.items():
-            signal.signal(number, handler)

@@ -11,6 +11,7 @@ pictures; its caption is worded anew in each pass.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
 from typing import Self
@@ -41,7 +42,7 @@ from ldm_pipeline.training.config import (
     NonNegativeFloat,
     Positive,
     PositiveFloat,
-    Settings,
+    ShapeSettings,
     TrainingConfig,
     must_divide,
 )
@@ -75,7 +76,7 @@ SCHEDULER: dict[str, object] = {
 signal at its last level that the starting noise would decide the background's colour."""
 
 
-class UnetSettings(Settings):
+class UnetSettings(ShapeSettings):
     """The shape of the UNet, level by level from the finest; the middle always attends."""
 
     channels: tuple[Positive, ...] = (64, 128, 192)
@@ -115,6 +116,11 @@ class LatentDiffusionConfig(TrainingConfig):
     min_snr_gamma: PositiveFloat | None = Field(
         default=None, description="min-SNR weights (2303.09556), capped here; 5 is usual"
     )
+
+    def settled(self) -> Collection[str]:
+        """Whose latents and which tokenizer; which text encoder, where that is frozen."""
+        frozen = () if self.train_text_encoder else ("begin_from",)
+        return ("autoencoder", "text", "train_text_encoder", *frozen)
 
 
 class LatentDiffusionObjective(nn.Module):

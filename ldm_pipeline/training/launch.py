@@ -19,7 +19,9 @@ from ldm_pipeline.processes.lock import alone_in, check_writable
 from ldm_pipeline.processes.ranks import Ranks, launched, leave
 from ldm_pipeline.processes.start import start_the_others
 from ldm_pipeline.training.config import TrainingConfig, parse
-from ldm_pipeline.training.engine import Interrupted, check, fit, on_signals
+from ldm_pipeline.training.engine import Interrupted, check, fit
+from ldm_pipeline.training.signals import on_signals
+from ldm_pipeline.training.too_large import in_memory
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
@@ -55,7 +57,10 @@ def launch(config: type[Config], objective: Callable[[Config], nn.Module]) -> No
 def _built(objective: Callable[[Config], nn.Module], settings: Config) -> nn.Module:
     """The objective, which may take long to encode its data; Interrupted by SIGINT and SIGTERM."""
     try:
-        with on_signals(_interrupt):
+        with (
+            on_signals(_interrupt),
+            in_memory("while the model was opened and the data were encoded"),
+        ):
             return objective(settings)
     except KeyboardInterrupt:
         raise Interrupted("stopped while encoding; the same command goes on from there") from None

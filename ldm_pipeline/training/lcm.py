@@ -12,7 +12,7 @@ Legend
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
@@ -56,7 +56,7 @@ class DistillationSettings(Settings):
         default=(5.0, 15.0), description="the teacher's guidance_scale - 1, drawn between these"
     )
     solver: Literal["ddim", "heun"] = Field(default="ddim", description="heun costs a call more")
-    huber: PositiveFloat | None = Field(default=0.001, description="none: squared errors")
+    huber: PositiveFloat | None = Field(default=0.001, description="null: squared errors")
     units: Literal["latents", "noise"] = Field(
         default="noise",
         description="of what errors are measured in: noise divides them by their level's, or the "
@@ -69,6 +69,10 @@ class DistillationSettings(Settings):
         default=False, description="train a whole UNet that hears w, and no adapter (lora.*)"
     )
     w_channels: Positive = Field(default=256, description="in which a full one hears w")
+
+    def settled(self) -> Collection[str]:
+        """The student knows these levels, by this boundary condition, and hears w so or not."""
+        return ("original_steps", "timestep_scaling", "full", "w_channels")
 
     @model_validator(mode="after")
     def _fits(self) -> DistillationSettings:

@@ -27,7 +27,7 @@ from ldm_pipeline.errors import UserError
 from ldm_pipeline.training.adapting import OpenModel
 from ldm_pipeline.training.lcm import LcmConfig, LcmObjective
 from ldm_pipeline.training.lora_card import DRAWN_BY_LDM, PICTURES
-from ldm_pipeline.training.start import take_weights
+from ldm_pipeline.training.start import part_of, take_weights
 
 
 class FullLcmObjective(LcmObjective):
@@ -43,8 +43,7 @@ class FullLcmObjective(LcmObjective):
         self.unet.requires_grad_(False)
         self.student = hearing(self.unet, self.config.lcm.w_channels)
         if self.config.begin_from is not None:
-            within = self.config.begin_from / "unet"
-            take_weights(self.student, within if within.is_dir() else self.config.begin_from)
+            take_weights(self.student, part_of(self.config.begin_from, "unet"))
         if self.config.gradient_checkpointing:
             self.student.enable_gradient_checkpointing()
         self._parts = dict(pipe.components)

@@ -8,6 +8,7 @@ Legend
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Literal
 
 import numpy as np
@@ -39,6 +40,10 @@ class LossSettings(Settings):
     offset_noise: NonNegativeFloat = 0.0
     pyramid_noise: NonNegativeFloat = 0.0
     zero_terminal_snr: bool = Field(default=False, description="for v-prediction models")
+
+    def settled(self) -> Collection[str]:
+        """How much noise a level stands for."""
+        return ("zero_terminal_snr",)
 
     def loss(self) -> Loss:
         """The same as the core takes it."""

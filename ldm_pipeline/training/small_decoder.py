@@ -12,6 +12,7 @@ Legend
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from ldm_pipeline.training.config import (
     Fraction,
     NonNegativeFloat,
     Positive,
-    Settings,
+    ShapeSettings,
     TrainingConfig,
 )
 from ldm_pipeline.training.objective import Batch
@@ -48,7 +49,7 @@ PIXELS = 8
 """Of a picture along one latent."""
 
 
-class SmallDecoderSettings(Settings):
+class SmallDecoderSettings(ShapeSettings):
     """The shape of both halves; blocks level by level from the coarsest (the encoder's turned
     round). Each half has one width: between levels AutoencoderTiny cannot change it."""
 
@@ -72,6 +73,10 @@ class SmallDecoderConfig(TrainingConfig):
     data: CachedWorldSettings = CachedWorldSettings()
     crop: Crop = 64
     around_things: Fraction = Field(default=0.75, description="share of crops that hold a thing")
+
+    def settled(self) -> Collection[str]:
+        """Whose latents it reads."""
+        return ("autoencoder",)
 
 
 def small_autoencoder(model: SmallDecoderSettings, latent_channels: int) -> AutoencoderTiny:

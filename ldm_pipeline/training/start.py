@@ -21,21 +21,27 @@ SMALL_GRID = 32
 NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
-def take_weights(module: nn.Module, folder: Path) -> None:
+def part_of(folder: Path, part: str) -> Path:
+    """The folder of a part of what a run exported, or `folder` itself where it is that already."""
+    return folder / part if (folder / part).is_dir() else folder
+
+
+def take_weights(module: nn.Module, folder: Path, setting: str = "begin_from") -> None:
     """Put the weights of the model in `folder` into `module`, in the module's own precision.
 
-    Raises UserError where the folder has none or they are those of a model of another shape.
+    Raises UserError, which calls the `setting` that named the folder by its name, where the folder
+    has none or they are those of a model of another shape.
     """
     files = [folder / name for name in NAMES if (folder / name).is_file()]
     if not files:
-        raise UserError(f"begin_from: {folder} holds none of {', '.join(NAMES)}")
+        raise UserError(f"{setting}: {folder} holds none of {', '.join(NAMES)}")
     try:
         module.load_state_dict(load_file(files[0]))
     except (OSError, SafetensorError) as error:
-        raise UserError(f"begin_from: {files[0]} cannot be read ({error})") from error
+        raise UserError(f"{setting}: {files[0]} cannot be read ({error})") from error
     except RuntimeError as error:
         why = " ".join(str(error).split())[:200]
-        raise UserError(f"begin_from: {files[0]} is a model of another shape ({why})") from error
+        raise UserError(f"{setting}: {files[0]} is a model of another shape ({why})") from error
 
 
 def precision(asked: str, device: str) -> str:

@@ -216,6 +216,20 @@ class MovingAverage:
         torch._foreach_mul_(change, (1 - decay) * (1 - closed))
         torch._foreach_add_(averages, change)
 
+    @torch.no_grad()
+    def go_on(self, saved: Mapping[str, Tensor] | None) -> None:
+        """Put the `saved` average in place; without one, begin anew from the weights as they are.
+
+        To be called before the first `update`, with tensors on the CPU. What is still the weights
+        that the run began with is no average: earlier versions saved that of runs without one.
+        """
+        if saved is not None:
+            began = {name: value.cpu() for name, value in self.average.items()}
+            if all(torch.equal(value, saved[name]) for name, value in began.items()):
+                saved = None
+        for name, parameter in self.parameters.items():
+            self.average[name].copy_(parameter if saved is None else saved[name])
+
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """The average stands in for the weights while the block runs."""
@@ -232,8 +246,13 @@ class MovingAverage:
 
 def moving_average(
     objective: nn.Module, trained: Mapping[str, nn.Parameter], decay: float
-) -> MovingAverage:
-    """The moving average of what is trained, which the objective is shown if it looks at it."""
+) -> MovingAverage | None:
+    """The moving average of what is trained, which the objective is shown if it looks at it.
+
+    None where `decay` is 0: it would cost a copy of the weights, and be what they were at first.
+    """
+    if not decay:
+        return None
     average = MovingAverage(trained, decay)
     if isinstance(objective, Averaging):
         objective.take_average(average)

@@ -11,9 +11,12 @@ import torch
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ldm_pipeline.data.world import World, held_out_caption
+from ldm_pipeline.errors import UserError
 from ldm_pipeline.models.text import tokenise
+from ldm_pipeline.training import clip
 from ldm_pipeline.training.clip import ClipObjective, wrong_captions
 from tests.training import laws
+from tests.training.conftest import SmallWorld
 
 
 @pytest.fixture
@@ -102,6 +105,26 @@ def test_the_export_is_stock(text_folder: Path, clip_objective: ClipObjective) -
     # Another attention kernel after loading: float32 rounding.
     assert torch.allclose(again.pooler_output, wanted.pooler_output, atol=1e-5)
     assert torch.allclose(alone.last_hidden_state, wanted.last_hidden_state, atol=1e-5)
+
+
+def test_a_run_begins_from_what_another_left(
+    text_folder: Path,
+    clip_objective: ClipObjective,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """From the folder that a run exports, and from the model in it; messages name the setting."""
+    monkeypatch.setattr(clip, "World", SmallWorld)
+    config = clip_objective.config
+    wanted = clip_objective.clip.state_dict()
+    run = config.run.model_copy(update={"seed": config.run.seed + 1})
+    for folder in (text_folder, text_folder / "clip"):
+        begun = ClipObjective(config.model_copy(update={"run": run, "begin_from": folder}))
+        found = begun.clip.state_dict()
+        assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
+    for setting, place in (("text", tmp_path / "text_encoder"), ("begin_from", tmp_path)):
+        with pytest.raises(UserError, match=f"^{setting}: {place} holds none of"):
+            ClipObjective(config.model_copy(update={setting: tmp_path}))
 
 
 def test_eight_pairs_are_learnt(objective: ClipObjective) -> None:

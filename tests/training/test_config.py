@@ -84,6 +84,30 @@ def test_settings_are_frozen() -> None:
             setattr(value, name, 1)
 
 
+@pytest.mark.parametrize("text", ["2024", "1.50", "no", "a: b", "[1", "a #2", "2024-13-45", "'q'"])
+def test_texts_and_paths_are_what_stands_there(text: str) -> None:
+    """Whatever YAML would make of them."""
+    told = ["--run.out", text, "--model", text, "--data.source", text, "--begin_from", text]
+    config = parse(LoraConfig, [*told, "--data.captions.key", text])
+    assert (config.run.out, config.begin_from) == (Path(text), Path(text))
+    assert config.model == config.data.source == config.data.captions.key == text
+
+
+def test_null_is_none_and_so_is_none_where_no_text_is_wanted(tmp_path: Path) -> None:
+    path = written(tmp_path, "run: {out: a}\nbegin_from: b\nworld: {}\nlcm: {huber: none}")
+    config = parse(LcmConfig, ["--config", path])
+    assert (config.begin_from, config.lcm.huber) == (Path("b"), None)
+    for word in ("null", "none", "None"):
+        told = ["--run.out=a", "--world.seed=1", "--lcm.huber", word]
+        assert parse(LcmConfig, told).lcm.huber is None
+    assert parse(LcmConfig, ["--config", path, "--begin_from", "null"]).begin_from is None
+    lora = ["--run.out=a", "--data.source=s", "--data.captions.default=none"]
+    assert parse(LoraConfig, lora).data.captions.default == "none"
+    assert parse(LoraConfig, [*lora, "--loss.weighting=none"]).loss.weighting == "none"
+    with pytest.raises(UserError, match=r"run\.steps='none'"):
+        parse(LoraConfig, [*lora, "--run.steps=none"])
+
+
 OUT = ["--run.out", "x"]
 
 ON_THE_COMMAND_LINE = {

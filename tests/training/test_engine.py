@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.training import checkpoint
+from ldm_pipeline.training import checkpoint, engine
 from ldm_pipeline.training.config import OptimiserSettings, TrainingConfig
 from ldm_pipeline.training.engine import Interrupted, fit
 from ldm_pipeline.training.objective import Batch, Objective
@@ -329,6 +329,37 @@ def test_the_final_model_is_the_average_where_there_is_one(
     assert_same(saved(config)[part], final)
 
 
+@pytest.mark.parametrize("by_an_earlier_version", [False, True])
+def test_an_average_that_is_switched_on_begins_from_the_weights_as_they_are(
+    tmp_path: Path, by_an_earlier_version: bool
+) -> None:
+    """Without an average none is saved; earlier versions saved the weights that a run began with.
+    From then on it is carried along: a stop leaves no trace."""
+    began = {n: Toy(settings(tmp_path)).get_parameter(n).detach() for n in TRAINED}
+    ends = []
+    for out in ("whole", "broken"):
+        without = settings(tmp_path / out, steps=3, ema_decay=0.0)
+        fit(Toy(without), without)
+        parts = saved(without)
+        assert parts.keys() == {"weights", "optimiser"}
+        if by_an_earlier_version:
+            newest = checkpoint.newest(without.run.out / "checkpoints")
+            assert newest is not None
+            state = checkpoint.load(newest)[1]
+            checkpoint.save(newest.parent, 3, {**parts, "average": began}, state)
+        config = settings(tmp_path / out, steps=5, ema_decay=0.9)
+        if out == "broken":
+            with pytest.raises(Interrupted):
+                fit(Toy(config, stop_in(3, 4, signal.SIGTERM)), config)
+            # After 4 updates the decay is 5 / 14.
+            for name, value in saved(config)["average"].items():
+                wanted = torch.lerp(saved(config)["weights"][name], parts["weights"][name], 5 / 14)
+                assert torch.allclose(value, wanted, rtol=1e-6, atol=1e-7), name  # rounding
+        fit(Toy(config), config)
+        ends.append(saved(config)["average"])
+    assert_same(*ends)
+
+
 # -- refusals --------------------------------------------------------------------------------
 
 
@@ -383,6 +414,28 @@ def test_what_was_not_finite_is_found_later_with_the_sample_and_nothing_is_lost(
         fit(toy, config)
     assert not (tmp_path / "spoilt" / "checkpoints").exists()
     good = settings(tmp_path / "good", steps=6, save_every=1, keep_checkpoints=9)
+    fit(Toy(good), good)
+    before = checkpoint.load(good.run.out / "checkpoints" / "step-00000003")[0]["weights"]
+    assert_same(before, {n: toy.get_parameter(n).detach() for n in TRAINED})
+
+
+def test_under_a_scaler_what_is_not_finite_is_found_in_its_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under fp16, looked at every 5 steps only: no later step moves the weights."""
+
+    class Scaling(Accelerator):
+        def __init__(self, **told: Any) -> None:
+            super().__init__(**told)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+
+    monkeypatch.setattr(engine, "Accelerator", Scaling)
+    config = settings(tmp_path / "spoilt", validate_every=100)
+    config = config.model_copy(update={"run": config.run.model_copy(update={"log_every": 5})})
+    toy = Spoilt(config, "loss")
+    with pytest.raises(FloatingPointError, match=r"^step 3: .*\(sample 13\)"):
+        fit(toy, config)
+    good = settings(tmp_path / "good", save_every=1, keep_checkpoints=9)
     fit(Toy(good), good)
     before = checkpoint.load(good.run.out / "checkpoints" / "step-00000003")[0]["weights"]
     assert_same(before, {n: toy.get_parameter(n).detach() for n in TRAINED})

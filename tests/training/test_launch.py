@@ -296,3 +296,67 @@ def test_other_ends_have_their_codes(
         run(monkeypatch, build, f"--run.out={tmp_path}")
     assert ended.value.code == code
     assert said in capsys.readouterr().err
+
+
+class Full(Toy):
+    """A toy that runs out of memory at one place."""
+
+    place = ""
+
+    def __init__(self, config: TrainingConfig) -> None:
+        self._enter("init")
+        super().__init__(config)
+
+    def _enter(self, name: str) -> None:
+        if name == type(self).place:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\n2 GiB")
+
+    def validate(self) -> dict[str, float]:
+        """The toy's."""
+        self._enter("validate")
+        return super().validate()
+
+    def picture(self) -> None:
+        """None is drawn."""
+        self._enter("picture")
+
+    def export(self, folder: Path) -> None:
+        """The toy's."""
+        self._enter("export")
+        super().export(folder)
+
+
+@pytest.mark.parametrize(
+    "place,said",
+    [
+        ("init", "while the model was opened and the data were encoded"),
+        ("validate", "in a validation"),
+        ("picture", "while pictures were drawn"),
+        ("export", "or a model was written"),
+        ("update", "in an update: optimiser.kind=adafactor"),
+        ("start", "outside the gradients of a step"),
+    ],
+)
+def test_out_of_memory_anywhere_ends_in_one_line_that_says_what_to_do(
+    place: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(*args: object, **told: object) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr(Full, "place", place)
+    if place == "update":
+        monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    if place == "start":
+        monkeypatch.setattr(engine, "moving_average", full)
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, Full, f"--run.out={tmp_path}")
+    assert ended.value.code == 2
+    err = capsys.readouterr().err
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith("error: out of memory ")
+    assert said in last

@@ -76,7 +76,8 @@ def test_what_is_not_finite_stops_before_the_update(tmp_path: Path, kind: str) -
 
 
 @pytest.mark.parametrize(
-    ("change", "named"), [({"kind": "adafactor"}, "kind=adamw"), ({"seed": 4}, "seed=3")]
+    ("change", "named"),
+    [({"kind": "adafactor"}, 'optimiser.kind="adamw"'), ({"seed": 4}, "run.seed=3")],
 )
 def test_another_kind_or_seed_is_no_resume(
     tmp_path: Path, change: dict[str, Any], named: str

@@ -66,6 +66,26 @@ def test_validation_is_capped_and_batched(folder: Path) -> None:
         assert sum(n < full for n in objective.asked) <= 3
 
 
+def test_what_does_not_fit_is_measured_in_halves(folder: Path) -> None:
+    """A run that had to cut its steps says the same; a single sample that does not fit ends it."""
+
+    class Full(Watched):
+        most = 1
+
+        def _errors(self, group: dict[str, Tensor]) -> Tensor:
+            if len(group["t"]) > self.most:
+                raise torch.OutOfMemoryError("out of memory")
+            return super()._errors(group)
+
+    wanted = watched(folder).validate()
+    full = Full(watched(folder).config)
+    assert full.validate() == pytest.approx(wanted, rel=1e-5)  # float32 in other batches
+    assert set(full.asked) == {1}
+    full.most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        full.validate()
+
+
 def test_what_is_looked_at_is_fixed_and_held_out(folder: Path) -> None:
     objective = watched(folder, measured=3)
     chosen = objective.data.measured
