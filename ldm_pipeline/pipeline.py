@@ -28,7 +28,6 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
@@ -54,6 +53,7 @@ from ldm_pipeline.request import (
     Text,
 )
 from ldm_pipeline.running import Callback, Run, tensors_for, under_way
+from ldm_pipeline.stock_loaders import SafeLoaders
 
 ENCODING = "encode a prompt (prompt_embeds and negative_prompt_embeds do without)"
 
@@ -62,8 +62,7 @@ class LatentDiffusionPipeline(
     Drawing,
     FolderPipeline,
     StableDiffusionMixin,
-    TextualInversionLoaderMixin,
-    StableDiffusionLoraLoaderMixin,
+    SafeLoaders,
 ):
     """Pictures from words, and out of pictures or into them, with a Stable Diffusion shaped model
     (1.x, 2.x, or the bundled one).

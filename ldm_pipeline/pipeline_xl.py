@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, SchedulerMixin, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
 from diffusers.utils import is_invisible_watermark_available
@@ -43,11 +42,12 @@ from ldm_pipeline.request_xl import (
     RequestXL,
 )
 from ldm_pipeline.running import Callback, Run, halves, tensors_for
+from ldm_pipeline.stock_loaders import SafeXLLoaders
 from ldm_pipeline.two_texts import TwoTexts
 
 
 class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes with other arguments
-    TwoTexts, StableDiffusionXLLoraLoaderMixin, LatentDiffusionPipeline
+    TwoTexts, SafeXLLoaders, LatentDiffusionPipeline
 ):
     """Pictures from words, and out of pictures or into them, with SDXL: its base, a fine-tuned
     model of the same shape, one for inpainting, or its refiner.
