@@ -116,7 +116,8 @@ class Request:
     clip_skip                   number of the text encoder's last layers to leave out
     output_type                 one of `OUTPUT_TYPES`
     lcm                         the file of an LCM adapter to draw with, in few steps; True is the
-                                bundled model's
+                                one known for this model: the bundled model's own, or the published
+                                LCM-LoRA of Stable Diffusion 1.x and SDXL; a full LCM needs none
     weighted                    whether prompts are read with weights and BREAK, at any length
     """
 
