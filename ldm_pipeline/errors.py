@@ -27,9 +27,12 @@ def suggestion(word: str, known: Iterable[str]) -> str:
     return f"; did you mean {match!r}?" if match else ""
 
 
-def choose(name: str, value: str, allowed: Iterable[str]) -> str:
+def choose(name: str, value: object, allowed: Iterable[str]) -> str:
     """`value`, if it is one of `allowed`; else a `UserError` that lists them and the nearest."""
     allowed = list(allowed)
+    if not isinstance(value, str):
+        kind = "None" if value is None else f"a {type(value).__name__}"
+        raise UserError(f"{name} must be a name, not {kind}; choose one of {', '.join(allowed)}")
     if value in allowed:
         return value
     raise UserError(

@@ -19,7 +19,7 @@ from transformers import CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.models.trust import SAFE
+from ldm_pipeline.models.trust import check_adapter, check_part
 from ldm_pipeline.request import Request
 
 _loudness = transformers_logging.get_verbosity()
@@ -50,22 +50,22 @@ class ImagePrompts(IPAdapterMixin):
         """Load one adapter, or several, and the image encoder that they share where there is none.
 
         As stock, but for pickles: weights whose name does not end in .safetensors are refused with
-        a `UserError` (a state dict may be passed), and so is an image encoder without any.
+        a `UserError` (a state dict may be passed), and so is an image encoder without any, or one
+        that is not safe to open.
         """
         sources = pretrained_model_name_or_path_or_dict
         first = sources[0] if isinstance(sources, list) else sources
         names = weight_name if isinstance(weight_name, list) else [weight_name]
-        for name in names:
-            if not isinstance(first, dict) and not str(name).endswith(SAFE):
-                raise UserError(
-                    f"weight_name={name!r} is refused: a pickle can run any program; name a"
-                    f" {SAFE} file"
-                )
+        several = sources if isinstance(sources, list) else [sources] * len(names)
+        for source, name in zip(several, names, strict=False):
+            check_adapter(source, name)
         found: dict[str, Any] = {"cache_dir": cache_dir, "local_files_only": local_files_only}
         if self.image_encoder is None and image_encoder_folder and not isinstance(first, dict):
             inside = subfolder[0] if isinstance(subfolder, list) else subfolder
             plain = "/" not in image_encoder_folder
             place = Path(inside, image_encoder_folder) if plain else Path(image_encoder_folder)
+            if Path(first).is_dir():
+                check_part(Path(first), place.as_posix())
             try:
                 encoder = CLIPVisionModelWithProjection.from_pretrained(
                     first,

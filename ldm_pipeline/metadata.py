@@ -40,7 +40,7 @@ SAMPLERS = {
 }
 """What other picture tools call our samplers."""
 
-LATER = ("loras", "lcm", "eta", "decoder", "weighted", "origin")
+LATER = ("loras", "lcm", "eta", "decoder", "weighted", "origin", "digests")
 """What older pictures' recipes do not hold."""
 
 RECORDED_PACKAGES = ("ldm-pipeline", "torch", "diffusers", "transformers", "numpy", "pillow")
@@ -111,12 +111,13 @@ class Recipe:
     `prompts` holds one prompt, or, for a grid, one for each of its captions; `n` is the number of
     pictures for each prompt. Picture k of a run uses seed `seed + k`. `sampler` None is the
     model's own. `size` is (height, width) in pixels. `loras` are adapter files with their
-    weights; `lcm` is that of few steps, "" the bundled model's. `eta` is the share of fresh noise,
-    None the sampler's own, and `decoder` the small autoencoder, as --decoder names it. `weighted`
-    says that prompts were read with weights and BREAK, which older pictures' were not. `origin` is
+    weights; `lcm` is that of few steps, "" the one known for the model. `eta` is the share of fresh
+    noise, None the sampler's own, and `decoder` the small autoencoder, as --decoder names it.
+    `weighted` says that prompts were read with weights and BREAK, which older pictures' were not. `origin` is
     the picture that it was drawn out of, which then says how its size came about. `memory` is what
-    of it is `Memory.seen`; older pictures were drawn plainly. `versions` names the packages that
-    drew it: they do not enter the command, but other versions may round differently.
+    of it is `Memory.seen`; older pictures were drawn plainly. `digests` has the SHA-256 of each
+    adapter and decoder, by its name here: another file may lie there later. `versions` names the
+    packages that drew it: other versions may round differently. Neither enters the command.
     """
 
     prompts: tuple[str, ...]
@@ -138,6 +139,7 @@ class Recipe:
     weighted: bool = False
     origin: Origin | None = None
     memory: Memory = PLAIN
+    digests: Mapping[str, str] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
 
     def command(self, output: str) -> str:
@@ -179,7 +181,7 @@ class Recipe:
         """
         values = asdict(self)
         for name in LATER:
-            if values[name] is None or values[name] is False or values[name] == ():
+            if values[name] is None or values[name] is False or values[name] in ((), {}):
                 del values[name]
         if self.memory == PLAIN:
             del values["memory"]
@@ -264,6 +266,7 @@ def _checked(values: dict[str, Any]) -> Recipe:
             "weighted": bool(values.get("weighted", False)),
             "origin": Origin.of(values["origin"]) if values.get("origin") is not None else None,
             "memory": Memory.of(values["memory"]) if "memory" in values else PLAIN,
+            "digests": {str(k): str(v) for k, v in dict(values.get("digests", {})).items()},
             "versions": {str(k): str(v) for k, v in dict(values["versions"]).items()},
         }
     )

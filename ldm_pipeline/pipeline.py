@@ -28,7 +28,6 @@ from diffusers import (
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
-from diffusers.loaders import StableDiffusionLoraLoaderMixin, TextualInversionLoaderMixin
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
 from diffusers.pipelines.stable_diffusion import StableDiffusionPipelineOutput
 from torch import Tensor
@@ -54,6 +53,7 @@ from ldm_pipeline.request import (
     Text,
 )
 from ldm_pipeline.running import Callback, Run, tensors_for, under_way
+from ldm_pipeline.stock_loaders import SafeLoaders
 
 ENCODING = "encode a prompt (prompt_embeds and negative_prompt_embeds do without)"
 
@@ -62,8 +62,7 @@ class LatentDiffusionPipeline(
     Drawing,
     FolderPipeline,
     StableDiffusionMixin,
-    TextualInversionLoaderMixin,
-    StableDiffusionLoraLoaderMixin,
+    SafeLoaders,
 ):
     """Pictures from words, and out of pictures or into them, with a Stable Diffusion shaped model
     (1.x, 2.x, or the bundled one).
@@ -182,8 +181,10 @@ class LatentDiffusionPipeline(
                             then the same picture whatever the batch
         guidance_interval   guidance acts between these two fractions of the run (2404.07724)
         lcm                 few steps (2311.05556): draw this call with the LCM adapter in this
-                            file, True is the bundled model's, in 4 steps without guidance unless
-                            told otherwise; a full LCM (whose UNet takes the guidance) needs none
+                            file, in 4 steps without guidance unless told otherwise; True is the one
+                            known for this model: the bundled model's own, or the published LCM-LoRA
+                            of Stable Diffusion 1.x and SDXL (from the hub or its cache); a full LCM
+                            (whose UNet takes the guidance) needs none
         weighted            prompts may be of any length and hold (word:1.3), [word] and BREAK
         exact_steps         with an image, run all steps and not only the share `strength` of them
         keep_unmasked       leave pixels outside the mask as they are, to the last of their bits

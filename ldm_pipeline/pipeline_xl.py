@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny, SchedulerMixin, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
-from diffusers.loaders import StableDiffusionXLLoraLoaderMixin
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
 from diffusers.utils import is_invisible_watermark_available
@@ -43,11 +42,12 @@ from ldm_pipeline.request_xl import (
     RequestXL,
 )
 from ldm_pipeline.running import Callback, Run, halves, tensors_for
+from ldm_pipeline.stock_loaders import SafeXLLoaders
 from ldm_pipeline.two_texts import TwoTexts
 
 
 class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes with other arguments
-    TwoTexts, StableDiffusionXLLoraLoaderMixin, LatentDiffusionPipeline
+    TwoTexts, SafeXLLoaders, LatentDiffusionPipeline
 ):
     """Pictures from words, and out of pictures or into them, with SDXL: its base, a fine-tuned
     model of the same shape, one for inpainting, or its refiner.
@@ -329,7 +329,8 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
             weighted=request.weighted,
         )
         ids, negative_ids = (
-            each.to(embeds).repeat(embeds.shape[0], 1) for each in self._time_ids(request, canvas)
+            each.to(embeds).repeat(embeds.shape[0], 1)
+            for each in self._time_ids(request, canvas, pooled.shape[-1])
         )
         run.prompt_embeds, run.add_text_embeds, run.add_time_ids = embeds, pooled, ids
         if run.guides:
@@ -337,8 +338,11 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
             run.add_text_embeds = halves(negative_pooled, pooled)
             run.add_time_ids = halves(negative_ids, ids)
 
-    def _time_ids(self, request: RequestXL, canvas: Canvas | None) -> tuple[Tensor, Tensor]:
-        """What is told of the picture, [6 or 5], to the prompted half and to the negative one.
+    def _time_ids(
+        self, request: RequestXL, canvas: Canvas | None, pooled: int
+    ) -> tuple[Tensor, Tensor]:
+        """What is told of the picture, [6 or 5], to the prompted half and to the negative one,
+        beside a pooled answer of `pooled` channels.
 
         Nothing said means a picture that was of the request's size and never cut.
         """
@@ -350,7 +354,7 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
         original, target = request.original_size or size, request.target_size or size
         corner, against = request.crops_coords_top_left, request.negative_original_size
         negative_corner = request.negative_crops_coords_top_left
-        if self._refines:
+        if self._scores(pooled):
             return (
                 time_ids(original, corner, (request.aesthetic_score,)),
                 time_ids(against or original, negative_corner, (request.negative_aesthetic_score,)),
@@ -367,17 +371,22 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
 
     @property
     def _refines(self) -> bool:
-        """Whether this is a refiner: its UNet has room for five numbers beside the pooled answer.
+        """Whether this is a refiner, as far as its parts tell: without the second encoder, the
+        answer that is passed to a run says it there."""
+        encoder = self.text_encoder_2
+        return encoder is not None and self._scores(encoder.config.projection_dim)
 
-        Told by the UNet and the second encoder, so that neither can be combined wrongly.
+    def _scores(self, pooled: int) -> bool:
+        """Whether the UNet has room for five numbers beside a pooled answer of `pooled` channels,
+        as a refiner, which is told a score.
+
+        Told by the UNet and the answer, so that neither can be combined wrongly.
         """
-        if self.unet is None or self.text_encoder_2 is None:
+        if self.unet is None:
             return False
         room = self.unet.config.projection_class_embeddings_input_dim
         each = self.unet.config.addition_time_embed_dim
-        if room is None or each is None:
-            return False
-        return bool(room - self.text_encoder_2.config.projection_dim == 5 * each)
+        return room is not None and each is not None and bool(room - pooled == 5 * each)
 
     def _check_components(self, request: Request) -> None:
         """Raise `UserError` for what this pipeline's components cannot draw."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from numbers import Real
@@ -116,7 +116,8 @@ class Request:
     clip_skip                   number of the text encoder's last layers to leave out
     output_type                 one of `OUTPUT_TYPES`
     lcm                         the file of an LCM adapter to draw with, in few steps; True is the
-                                bundled model's
+                                one known for this model: the bundled model's own, or the published
+                                LCM-LoRA of Stable Diffusion 1.x and SDXL; a full LCM needs none
     weighted                    whether prompts are read with weights and BREAK, at any length
     """
 
@@ -179,7 +180,13 @@ class Request:
                 f" or choose one of {', '.join(ETA_SAMPLERS)}"
             )
         choose("output_type", self.output_type, OUTPUT_TYPES)
-        for name in self.callback_on_step_end_tensor_inputs:
+        names = self.callback_on_step_end_tensor_inputs
+        if isinstance(names, str) or not isinstance(names, Iterable):
+            raise UserError(
+                f"callback_on_step_end_tensor_inputs={names!r} must be a list of names, such as"
+                " ['latents']"
+            )
+        for name in names:
             choose("callback_on_step_end_tensor_inputs", name, self.task.tensors)
 
     # What the rest of the package reads -----------------------------------------------------
@@ -304,8 +311,8 @@ class Request:
             raise UserError("timesteps and sigmas were both passed; pass only one of them")
         for name in ("timesteps", "sigmas"):
             levels = getattr(self, name)
-            if levels is not None and len(levels) == 0:
-                raise UserError(f"{name} is empty; pass at least one noise level")
+            if levels is not None:
+                _check_levels(name, levels)
         if self.timesteps is None and self.sigmas is None:
             as_whole("num_inference_steps", self.num_inference_steps, 1)
         as_whole("num_images_per_prompt", self.num_images_per_prompt, 1)
@@ -338,6 +345,14 @@ class Request:
             for seed in self.seed if isinstance(self.seed, list | tuple) else [self.seed]:
                 if as_whole("seed", seed, 0) > MAX_SEED - self.image_count:
                     raise UserError(f"seed={seed} is too large; it must be below 2**63")
+        if self.generator is not None:
+            several = isinstance(self.generator, Sequence)
+            for generator in self.generator if several else [self.generator]:
+                if not hasattr(generator, "initial_seed"):  # torch is not imported here
+                    raise UserError(
+                        f"generator={generator!r} must be a torch.Generator, or a list with one per"
+                        " image; a number is passed as seed"
+                    )
         for name, one_each in (("seed", self.seed), ("generator", self.generator)):
             if isinstance(one_each, Sequence) and len(one_each) != self.image_count:
                 raise UserError(
@@ -389,6 +404,19 @@ class Request:
 def _is_there(value: Any) -> bool:
     """Whether a choice was made: anything but None and False."""
     return value is not None and value is not False
+
+
+def _check_levels(name: str, levels: Any) -> None:
+    """Raise `UserError` unless these are finite numbers, one at least; tensors are told so too."""
+    try:
+        numbers = [math.nan if isinstance(level, str) else float(level) for level in levels]
+    except (TypeError, ValueError):
+        numbers = [math.nan]
+    if not numbers:
+        raise UserError(f"{name} is empty; pass at least one noise level")
+    if not all(map(math.isfinite, numbers)):
+        given = " ".join(repr(levels).split())[:80]
+        raise UserError(f"{name}={given} must be a list of numbers, descending noise levels")
 
 
 def as_texts(name: str, text: Text | None) -> list[str]:

@@ -33,6 +33,7 @@ FRONT = {
     "loading",
     "running",
     "randomness",
+    "stock_loaders",
 }
 """The files that together are the pipeline."""
 
@@ -46,7 +47,7 @@ ALLOWED = {
     "tasks": {"diffusion", *SHARED},
     "analysis": {"models", "diffusion", *SHARED},
     "data": SHARED,
-    "evaluation": {"pipeline", "analysis", "data", "grid", *SHARED},
+    "evaluation": {"pipeline", "analysis", "models", "data", "grid", *SHARED},
     "training": {"lora", "models", "data", "diffusion", "processes", *SHARED},
     "processes": {"errors"},
     "batch": {"cli", "commands", "processes", *FILES, *SHARED},

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from ldm_pipeline import cli
 from ldm_pipeline.batch import __main__ as program
 from ldm_pipeline.batch.orders import KEYS, Order, once, read_orders, share
+from ldm_pipeline.commands.digests import changed, digests_of
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.picture_files import read_recipe
 
@@ -170,6 +171,45 @@ def test_mistakes_are_one_line_and_leave_nothing(arguments: str, said: str, batc
 
 
 # Drawing ----------------------------------------------------------------------------------------
+
+
+def test_an_adapter_that_was_trained_again_draws_again(
+    batch: Batch, model: Path, tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    """At the same place; `ldm show` then says of the older picture that it is another file."""
+    from ldm_pipeline.lora.files import save
+    from ldm_pipeline.lora.inject import inject
+    from ldm_pipeline.lora.targets import LoraSettings
+
+    (tmp_path / "p.txt").write_text("a red star\n")
+    told = ["--prompts", "p.txt", "--model", str(model), "--steps", "1", "--quiet"]
+    told += ["--lora", "run", "--out", "out"]
+    pictures: list[Path] = []
+    for seed in (0, 0, 1):
+        adapter = inject({"unet": tiny()["unet"]}, LoraSettings(["mid_block"]), seed=seed)
+        save(tmp_path / "run", adapter.weights())
+        code, _, err = batch(*told)
+        assert code == 0, err
+        pictures += [path for path in Path("out").iterdir() if path not in pictures]
+    assert len(pictures) == 2, "one for each adapter, and none twice"
+    said = [changed(read_recipe(path)) for path in pictures]
+    assert "drawn with run (SHA-256 " in said[0][0]
+    assert "which is another file now" in said[0][0]
+    assert said[1] == []
+    (tmp_path / "run/pytorch_lora_weights.safetensors").unlink()
+    (tmp_path / "run").rmdir()
+    assert "which is not here" in changed(read_recipe(pictures[1]))[0]
+
+
+def test_a_decoder_is_told_by_what_lies_in_its_folder(tmp_path: Path) -> None:
+    for name in ("config.json", "diffusion_pytorch_model.safetensors"):
+        (tmp_path / name).write_text("1")
+    first = digests_of((), False, str(tmp_path))
+    (tmp_path / "notes.txt").write_text("")
+    assert digests_of((), True, str(tmp_path)) == first
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_text("2")
+    assert digests_of((), False, str(tmp_path)) != first
+    assert digests_of((), True, "small") == {}
 
 
 def test_two_processes_draw_what_one_draws_and_the_rest_is_kept(

@@ -26,6 +26,17 @@ def tensor(*shape: int) -> Any:
     return SimpleNamespace(shape=shape)
 
 
+class Random:
+    """Stands for a torch.Generator, or for any other object."""
+
+    def __repr__(self) -> str:
+        return "Random {\n}"
+
+    def initial_seed(self) -> int:
+        """As a generator has it."""
+        return 1
+
+
 def test_needs_no_torch() -> None:
     """A fresh interpreter refuses a request without importing torch, diffusers or numpy."""
     program = (
@@ -78,6 +89,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"num_inference_steps": True}, "num_inference_steps=True"),
     ({"timesteps": [1], "sigmas": [1.0]}, "only one of them"),
     ({"timesteps": []}, "timesteps is empty"),
+    ({"timesteps": 5}, "timesteps=5 must be a list of numbers"),
+    ({"timesteps": "999"}, "timesteps='999' must be"),
+    ({"sigmas": [1.0, None]}, "sigmas=[1.0, None] must be"),
+    ({"sigmas": [math.nan]}, "sigmas=[nan] must be"),
     ({"guidance_scale": math.nan}, "guidance_scale=nan must be a finite number, at least 0"),
     ({"guidance_scale": math.inf}, "guidance_scale=inf"),
     ({"guidance_scale": -1}, "guidance_scale=-1"),
@@ -97,10 +112,16 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"seed": [1, 2, 3]}, "3 entries for 2 images"),
     ({"seed": [1, 2.5]}, "seed=2.5"),
     ({"seed": 1, "generator": object()}, "only one of them"),
-    ({"generator": [object()]}, "1 entries for 2 images"),
+    ({"generator": [Random()]}, "1 entries for 2 images"),
+    ({"generator": 42}, "generator=42 must be a torch.Generator"),
+    ({"generator": [1, 2]}, "a number is passed as seed"),
     ({"latents": tensor(1, 4, 16, 16)}, "must be [2, channels"),
     ({"sampler": "euller"}, "did you mean 'euler'?"),
     ({"sampler": "DDIM"}, "choose one of ddim, ddpm"),
+    ({"sampler": Random()}, "sampler must be a name, not a Random; choose one of ddim, ddpm"),
+    ({"output_type": None}, "output_type must be a name, not None; choose one of pil"),
+    ({"callback_on_step_end_tensor_inputs": None}, "None must be a list of names"),
+    ({"callback_on_step_end_tensor_inputs": "latents"}, "'latents' must be a list of names"),
     ({"output_type": "jpeg"}, "choose one of pil, np, pt, latent"),
     ({"callback_on_step_end_tensor_inputs": ["latent"]}, "did you mean 'latents'?"),
 ]

@@ -24,6 +24,7 @@ from ldm_pipeline.cli import Parser, ended
 from ldm_pipeline.commands import memory as memory_flags
 from ldm_pipeline.commands import pictures
 from ldm_pipeline.commands.adapters import read_loras
+from ldm_pipeline.commands.digests import digests_of
 from ldm_pipeline.commands.generate import (
     Job,
     add_drawing_arguments,
@@ -111,7 +112,10 @@ def _draw_all(
     """Draw this process's share of what is missing, and wait for the others."""
     device, dtype = pick_device(args.device, args.dtype)
     memory = memory_flags.settle(memory, device, dtype)
-    recipes = [order.recipe(loras, device, dtype, memory) for order in orders]
+    used = digests_of(loras, args.lcm, args.decoder)
+    recipes = [
+        replace(order.recipe(loras, device, dtype, memory), digests=used) for order in orders
+    ]
     names = [order.name(recipe) for order, recipe in zip(orders, recipes, strict=True)]
     files = [args.out / f"{name}.{args.format}" for name in names]
     wanted = once(names)

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from ldm_pipeline.commands import memory as memory_flags
 from ldm_pipeline.commands import pictures
 from ldm_pipeline.commands.adapters import read_loras
+from ldm_pipeline.commands.digests import digests_of
 from ldm_pipeline.commands.flags import in_flags
 from ldm_pipeline.commands.outputs import check_picture
 from ldm_pipeline.commands.sources import BUNDLED, Source, find, find_decoder, open_pipeline
@@ -150,7 +151,11 @@ def run(args: argparse.Namespace) -> None:
     device, dtype = pick_device(args.device, args.dtype)
     memory = memory_flags.settle(memory, device, dtype)
     recipe = recipe_of(args, prompts, seed, loras, device, dtype, memory)
-    recipe = replace(recipe, origin=given.origin if given is not None else None)
+    recipe = replace(
+        recipe,
+        origin=given.origin if given is not None else None,
+        digests=digests_of(loras, args.lcm, args.decoder),
+    )
     output = check_output(args, prompts)
     longest = replace(recipe, prompts=(max(prompts, key=len),))
     check_fits(output, recipe if args.grid else longest)

@@ -11,14 +11,14 @@ Legend: sides are named left, top, right, bottom; sizes are (width, height), as 
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ldm_pipeline.commands.digests import of_bytes
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.metadata import Origin, quote
+from ldm_pipeline.metadata import Origin
 from ldm_pipeline.request import SIZE_STEP, Task
 
 if TYPE_CHECKING:
@@ -142,8 +142,8 @@ def read(args: argparse.Namespace) -> Given | None:
         drawn = image.size
     painting = mask is not None or any(sides)
     origin = Origin(
-        image=(str(args.image), _digest(contents)),
-        mask=None if mask_contents is None else (str(args.mask), _digest(mask_contents)),
+        image=(str(args.image), of_bytes(contents)),
+        mask=None if mask_contents is None else (str(args.mask), of_bytes(mask_contents)),
         strength=args.strength,
         exact_steps=args.exact_steps,
         keep=not args.no_keep,
@@ -173,26 +173,6 @@ def read_sides(text: str | None) -> tuple[int, int, int, int]:
     raise UserError(f"--grow={text!r} must be pixels, as in 32, or left,top,right,bottom: 0,0,64,0")
 
 
-def changed(origin: Origin) -> list[str]:
-    """What is to be said where the pictures that one was drawn out of are not here any more."""
-    said = []
-    for named in (origin.image, origin.mask):
-        if named is None:
-            continue
-        file, digest = Path(named[0]), named[1]
-        shown = f"{quote(named[0])} (SHA-256 {quote(digest)})"
-        try:
-            whole = file.is_file()  # a forged recipe may name a device, which has no end
-            same = whole and _digest(file.read_bytes()) == digest
-        except (OSError, ValueError):
-            whole = same = False
-        if not whole:
-            said.append(f"drawn out of {shown}, which is not here")
-        elif not same:
-            said.append(f"drawn out of {shown}, which is another file now")
-    return said
-
-
 def _contents(flag: str, path: Path) -> bytes:
     if not path.exists():
         raise UserError(f"{flag}={path}: there is no such file; a prompt stands before {flag}")
@@ -200,10 +180,6 @@ def _contents(flag: str, path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{flag}={path}: {error.strerror or error}") from error
-
-
-def _digest(contents: bytes) -> str:
-    return hashlib.sha256(contents).hexdigest()
 
 
 def _paired(mask: Image, image: Image, args: argparse.Namespace) -> Image:

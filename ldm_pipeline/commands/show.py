@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from ldm_pipeline.commands.pictures import changed
+from ldm_pipeline.commands.digests import changed
 from ldm_pipeline.metadata import installed_versions
 from ldm_pipeline.picture_files import read_recipe
 
@@ -20,10 +20,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Print the command on stdout; say on stderr where other versions drew the picture,
-    or out of other pictures than are here now."""
+    or with other adapters, or out of other pictures, than are here now."""
     recipe = read_recipe(args.picture)
     print(recipe.command(str(args.picture)))
-    for line in changed(recipe.origin) if recipe.origin is not None else []:
+    for line in changed(recipe):
         print(f"ldm: {line}", file=sys.stderr)
     here = installed_versions(list(recipe.versions))
     for package, drawn in recipe.versions.items():

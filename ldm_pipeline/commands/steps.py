@@ -38,7 +38,7 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
         const=True,
         default=False,
         metavar="FILE",
-        help="few steps, with the LCM adapter in FILE (the bundled model's own)",
+        help="few steps, with the LCM adapter in FILE (or the one known for the model)",
     )
 
 

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from itertools import chain, islice
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
 
 from ldm_pipeline.data.sources import BadDataset, BadPicture
+from ldm_pipeline.data.writing import writing
 from ldm_pipeline.errors import UserError
 
 MASK = "mask"
@@ -87,31 +89,39 @@ def copy_rows(table: Table, folder: Path, limit: int | None) -> Path:
 
     Shards that are there already are taken as they are. They appear all together at the end, so
     that an interrupted copy is not taken for a whole one. Rows without a picture are left out.
+    Raises `UserError` for a table that cannot be read, and `NotWritten` for a full disk.
     """
     if any(folder.glob("rows-*.tar")):
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
     stream = _load(table, streaming=True)
     if stream.features is None:
         stream = stream._resolve_features()
     stream = _undecoded(stream)
     picture, mask = picture_columns(stream, table.place)
-    unfinished: list[Path] = []
-    with _in_one_line(table):
-        numbered = enumerate(stream if limit is None else stream.take(limit))
-        while (first := next(numbered, None)) is not None:
-            unfinished.append(folder / f".rows-{len(unfinished):05d}.tar")
-            with tarfile.open(unfinished[-1], "w") as shard:
-                for number, row in chain([first], islice(numbered, ROWS_PER_SHARD - 1)):
-                    _add_row(shard, f"{number:09d}", row, picture, mask)
-    for path in unfinished:
-        path.replace(path.with_name(path.name.removeprefix(".")))
+    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    with writing(folder, unfinished):
+        shutil.rmtree(unfinished, ignore_errors=True)  # of a killed run
+        unfinished.mkdir(parents=True)
+        with _in_one_line(table):
+            numbered = enumerate(stream if limit is None else stream.take(limit))
+            for k in count():
+                if (first := next(numbered, None)) is None:
+                    break
+                with tarfile.open(unfinished / f"rows-{k:05d}.tar", "w") as shard:
+                    for number, row in chain([first], islice(numbered, ROWS_PER_SHARD - 1)):
+                        _add_row(shard, f"{number:09d}", row, picture, mask)
+        unfinished.replace(folder)
     return folder
 
 
 def _add_row(shard: Any, stem: str, row: dict[str, Any], picture: str, mask: str | None) -> None:
-    """Put a row's picture, mask and texts into a shard; the suffix says nothing of the format."""
-    texts = {key: value for key, value in row.items() if _is_text(value)}
+    """Put a row's picture, mask and texts into a shard; the suffix says nothing of the format.
+
+    Of a text that is empty in this row the column stays: that it is there is known of the table.
+    """
+    texts = {
+        k: v for k, v in row.items() if k not in (picture, mask) and (v is None or _is_text(v))
+    }
     files = {".json": json.dumps(texts).encode()}
     for column, suffix in ((picture, ".jpg"), (mask, ".mask.png")):
         if column is not None and row[column] is not None:

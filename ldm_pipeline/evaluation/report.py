@@ -126,12 +126,12 @@ def evaluate(
     results = draw(tested, "drawing test prompts")
     fresh = draw(unseen, "drawing unseen pairs")
     shares = shares_of(results, fresh)
-    folder = Path(str(getattr(pipeline.config, "_name_or_path", "") or "."))
-    if (folder / "clip").is_dir():
+    opened = getattr(pipeline.config, "_name_or_path", None)  # none where it was put together
+    if opened and (folder := Path(opened) / "clip").is_dir():
         from ldm_pipeline.evaluation.retrieval import caption_accuracy
 
         shares["caption among 100, half of them hard"] = caption_accuracy(
-            folder, min(prompts, 300), seed
+            folder.parent, min(prompts, 300), seed
         )
     settings: dict[str, Any] = {
         "prompts": prompts,

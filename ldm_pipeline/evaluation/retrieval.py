@@ -16,6 +16,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from ldm_pipeline.data.world import Description, World, hard_negatives, phrase
 from ldm_pipeline.evaluation.judge import Reading, Seen, agrees
 from ldm_pipeline.evaluation.metrics import Share
+from ldm_pipeline.models.trust import check_part
 
 CAPTIONS = 100
 HARD = 50
@@ -25,9 +26,13 @@ HARD = 50
 def caption_accuracy(folder: Path, pictures: int, seed: int) -> Share:
     """How often the CLIP in `folder`/clip puts the true caption first among 100.
 
-    Pictures and captions are of the world's "test" split, which no training saw.
+    Pictures and captions are of the world's "test" split, which no training saw. Raises `UserError`
+    where the CLIP, or its tokenizer, is not safe to open.
     """
-    model = CLIPModel.from_pretrained(folder / "clip", dtype=torch.float32).eval()
+    for part in ("clip", "tokenizer"):
+        check_part(folder, part)
+    model = CLIPModel.from_pretrained(folder / "clip", dtype=torch.float32, use_safetensors=True)
+    model.eval()
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     world = World(seed, "test")
     outcomes = []

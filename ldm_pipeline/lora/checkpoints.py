@@ -17,7 +17,7 @@ from ldm_pipeline.lora.fitting import Modules, Shape
 from ldm_pipeline.lora.targets import COMPONENTS, TEXT_MODEL
 from ldm_pipeline.models import folders
 from ldm_pipeline.models.headers import read_header
-from ldm_pipeline.models.trust import PICKLES, SAFE
+from ldm_pipeline.models.trust import CLASSES, PICKLES, SAFE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,9 +75,10 @@ class Checkpoint:
 def open_checkpoint(folder: Path) -> Checkpoint:
     """The model in `folder`, its headers read and nothing else.
 
-    Raises `UserError` for a folder that is no pipeline, and for files that are damaged.
+    Raises `UserError` for a folder that is no pipeline or not safe to open (a copy of it would
+    follow its links), and for files that are damaged.
     """
-    folders.index(folder)
+    folders.check(folder, CLASSES)
     tensors: dict[str, dict[str, Place]] = {}
     for component in COMPONENTS:
         for file in weight_files(folder / component):

@@ -14,7 +14,7 @@ import json
 import re
 import stat
 from collections.abc import Mapping
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from ldm_pipeline.errors import UserError
@@ -93,16 +93,17 @@ def components(contents: Mapping[str, Any]) -> dict[str, list[Any]]:
     }
 
 
-def check_links(folder: Path) -> None:
+def check_links(folder: Path, within: Path | None = None) -> None:
     """Refuse a folder in which anything is, by a link, outside of it, or is no file or folder.
 
-    The hub's cache keeps files in `blobs` beside its snapshots and links them; that much is let.
+    `within` is the model that it is a part of, which its links may then not leave. The hub's cache
+    keeps files in `blobs` beside its snapshots and links them; that much is let.
     """
-    home = folder.resolve()
+    home = (within or folder).resolve()
     allowed = [home]
     if home.parent.name == "snapshots" and home.parent.parent.name.startswith("models--"):
         allowed.append(home.parent.parent / "blobs")
-    pending = [home]
+    pending = [folder.resolve()]
     while pending:
         for entry in sorted(pending.pop().iterdir()):
             target = entry.resolve()
@@ -144,6 +145,40 @@ def check_component(folder: Path) -> None:
         raise UserError(
             f"{folder} has an adapter_config.json, which names another model to load; take it out,"
             " and load adapters with --lora or load_lora_weights"
+        )
+
+
+def check_part(model: Path, part: str) -> None:
+    """Refuse the folder of a part that `model_index.json` does not name, such as an image encoder.
+
+    A part that the caller looks for elsewhere (by `..`, or from the root) is a model of its own.
+    """
+    place = model / part
+    if not place.is_dir():
+        raise UserError(f"{model} has no folder {part}")
+    outside = Path(part).is_absolute() or ".." in Path(part).parts
+    check_links(place, place if outside else model)
+    check_component(place)
+
+
+def check_adapter(source: object, weight_name: object = None, subfolder: object = None) -> None:
+    """Refuse a file of adapters or learnt words that is no safetensors file, before stock's loaders
+    see it, which open pickles too. Tensors that were passed themselves are let.
+
+    `source` is a file, a folder or a hub id; `weight_name` names a file in it.
+    """
+    if not isinstance(source, str | PurePath):
+        return
+    place = Path(source, str(subfolder or ""))
+    if weight_name is not None:
+        found = [str(weight_name)]
+    elif place.is_dir():
+        found = sorted(each.name for each in place.iterdir() if each.suffix in (SAFE, *PICKLES))
+    else:
+        found = [str(source)] if place.is_file() else []
+    if found and not any(name.endswith(SAFE) for name in found):
+        raise UserError(
+            f"{', '.join(found)} is refused: a pickle can run any program; name a {SAFE} file"
         )
 
 

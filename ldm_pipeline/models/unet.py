@@ -85,7 +85,6 @@ def guidance_embedding(w: Tensor, dim: int, dtype: torch.dtype = torch.float32) 
     half = dim // 2
     step = torch.log(torch.tensor(10000.0)) / (half - 1)
     frequencies = torch.exp(torch.arange(half, dtype=dtype, device=w.device) * -step)
-    frequencies = torch.exp(torch.arange(half, dtype=dtype, device=w.device) * -step)
     angles = (1000.0 * w).to(dtype)[:, None] * frequencies
     waves = torch.cat([angles.sin(), angles.cos()], dim=1)
     return torch.nn.functional.pad(waves, (0, dim % 2))

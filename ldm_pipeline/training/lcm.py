@@ -40,7 +40,6 @@ from ldm_pipeline.training.adapter_config import AdapterConfig, AdapterSettings,
 from ldm_pipeline.training.adapting import AdapterObjective, OpenModel, Pictures
 from ldm_pipeline.training.captioned import Captioned, CaptionedSettings
 from ldm_pipeline.training.config import NonNegativeFloat, Positive, PositiveFloat, Settings
-from ldm_pipeline.training.lora_card import DRAWN_BY_LDM
 from ldm_pipeline.training.start import precision
 from ldm_pipeline.training.updates import MovingAverage
 from ldm_pipeline.training.world_data import CachedWorldSettings
@@ -220,15 +219,14 @@ class LcmObjective(AdapterObjective):
             "steps": self.config.lcm.original_steps,
             "scaling": self.config.lcm.timestep_scaling,
         }
-        ours = OURS if self.conditioning.tag == DRAWN_BY_LDM else ""
-        return (ours + STOCK).format(**told)
+        return USE.format(**told)
 
 
-OURS = """    ldm generate "…" --model {base} --lcm {name} --steps 4
+USE = """    ldm generate "…" --model {base} --lcm {name} --steps 4
 
-"""
+or, in stock diffusers,
 
-STOCK = """    from diffusers import LCMScheduler
+    from diffusers import LCMScheduler
 
     pipeline.load_lora_weights("{name}")
     pipeline.scheduler = LCMScheduler.from_config(

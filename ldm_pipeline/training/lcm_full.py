@@ -24,9 +24,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.models.conditioning import OneEncoder
 from ldm_pipeline.training.adapting import OpenModel
 from ldm_pipeline.training.lcm import LcmConfig, LcmObjective
-from ldm_pipeline.training.lora_card import DRAWN_BY_LDM, PICTURES
+from ldm_pipeline.training.lora_card import PICTURES
 from ldm_pipeline.training.start import part_of, take_weights
 
 
@@ -83,7 +84,7 @@ class FullLcmObjective(LcmObjective):
         """
         changed = {"unet": self.student, "scheduler": self._scheduler(self._parts["scheduler"])}
         parts = {name: _half(part) for name, part in {**self._parts, **changed}.items()}
-        if self.conditioning.tag == DRAWN_BY_LDM:
+        if isinstance(self.conditioning, OneEncoder):
             pipe = LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
         else:
             pipe = self._class(**parts, add_watermarker=False)

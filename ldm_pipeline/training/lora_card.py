@@ -9,9 +9,6 @@ from ldm_pipeline.training.config import TrainingConfig
 
 PICTURES = "pictures.png"
 
-DRAWN_BY_LDM = "stable-diffusion"
-"""The family that `ldm generate` draws with."""
-
 
 def model_card(
     config: TrainingConfig,
@@ -31,19 +28,13 @@ def model_card(
     return CARD.format(
         base=base, samples=samples, steps=config.run.steps, batch=config.run.batch_size,
         shown=shown, config=resolved, tag=tag,
-        use=use or (BOTH if tag == DRAWN_BY_LDM else STOCK).format(base=base, name=FILE_NAME),
+        use=use or USE.format(base=base, name=FILE_NAME),
     )  # fmt: skip
 
 
-BOTH = """    ldm generate "…" --model {base} --lora {name}
+USE = """    ldm generate "…" --model {base} --lora {name}
 
 or, in stock diffusers, `pipeline.load_lora_weights("{name}")`.
-"""
-
-STOCK = """    from diffusers import DiffusionPipeline
-
-    pipeline = DiffusionPipeline.from_pretrained("{base}")
-    pipeline.load_lora_weights("{name}")
 """
 
 CARD = """---

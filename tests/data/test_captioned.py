@@ -346,6 +346,11 @@ def test_tables_without_their_package_name_the_extra(
 @pytest.fixture
 def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A parquet file of three rows, written by `datasets`, and a cache of its own."""
+    return write_table(tmp_path, monkeypatch)
+
+
+def write_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, empty: bool = False) -> Path:
+    """That file; in one with an `empty` caption, the second row has none."""
     datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     picture = datasets.Image()
@@ -356,7 +361,7 @@ def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     columns = {
         "photo": [{"bytes": png(i), "path": None} for i in range(3)],
         "mask": [{"bytes": png(i + 10, "L"), "path": None} for i in range(3)],
-        "text": [f"row {i}" for i in range(3)],
+        "text": ["row 0", None, "row 2"] if empty else [f"row {i}" for i in range(3)],
         "captions": [[f"a {i}", f"b {i}"] for i in range(3)],
     }
     path = tmp_path / "table" / "train.parquet"
@@ -392,6 +397,40 @@ def test_a_streamed_table_holds_the_same_items(
     assert [content(item)[1:] for item in two] == [content(item)[1:] for item in whole[:2]]
     table.unlink()
     assert read_dataset(tmp_path / "two") == two, "what was streamed is an ordinary dataset"
+
+
+def test_an_empty_caption_is_streamed_as_such(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gets the default, as in the table itself, and ends no run."""
+    table = write_table(tmp_path, monkeypatch, empty=True)
+    for told in ({}, {"stream_to": tmp_path / "copy"}):
+        items = read_dataset(table, caption_key="text", default_caption="a thing", **told)
+        assert [item.captions for item in items] == [("row 0",), ("a thing",), ("row 2",)]
+
+
+def test_a_copy_that_was_interrupted_is_none(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither while rows are read nor while the shards appear, which they do at once."""
+    monkeypatch.setattr(rows, "ROWS_PER_SHARD", 1)
+    add, replace, named = rows._add_row, Path.replace, []
+
+    def until_the_last(shard: Any, stem: str, *told: Any) -> None:
+        if stem.endswith("2"):
+            raise KeyboardInterrupt
+        add(shard, stem, *told)
+
+    with monkeypatch.context() as broken:
+        broken.setattr(rows, "_add_row", until_the_last)
+        with pytest.raises(KeyboardInterrupt):
+            rows.copy_rows(rows.Table(str(table)), tmp_path / "copy", None)
+    assert not list(tmp_path.glob("*copy*"))
+    with monkeypatch.context() as counted:
+        counted.setattr(Path, "replace", lambda path, to: (named.append(to), replace(path, to))[1])
+        rows.copy_rows(rows.Table(str(table)), tmp_path / "copy", None)
+    assert named == [tmp_path / "copy"]
+    assert len(list((tmp_path / "copy").iterdir())) == 3
 
 
 def test_rows_that_point_at_files_are_not_followed(table: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ldm_pipeline.data.world import World, render
+from ldm_pipeline.errors import UserError
 from ldm_pipeline.evaluation.report import (
     FLOORS,
     READ_BACK,
@@ -20,6 +21,7 @@ from ldm_pipeline.evaluation.report import (
     reconstructed,
     shares_of,
 )
+from ldm_pipeline.evaluation.retrieval import caption_accuracy
 
 
 class Painter:
@@ -85,6 +87,32 @@ def test_every_floor_but_clips_is_measured_without_clip() -> None:
     drawn = [judged(sample, sample.picture) for sample in samples]
     further = {"caption among 100, half of them hard", READ_BACK}
     assert set(FLOORS) - set(shares_of(drawn, drawn)) == further
+
+
+def test_a_pipeline_of_no_folder_is_not_judged_with_the_clip_that_lies_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "clip").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert not any("caption" in name for name in evaluate(Painter(), prompts=2, seed=0).shares)
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "refusal"),
+    [
+        ("clip", "pytorch_model.bin", "only pickled weights"),
+        ("clip", "adapter_config.json", "names another model"),
+        ("tokenizer", "tokenizer.py", "brings code of its own"),
+    ],
+)
+def test_the_clip_beside_a_model_is_looked_at_first(
+    tmp_path: Path, part: str, file: str, refusal: str
+) -> None:
+    for name in ("clip", "tokenizer"):
+        (tmp_path / name).mkdir()
+    (tmp_path / part / file).write_text("{}")
+    with pytest.raises(UserError, match=refusal):
+        caption_accuracy(tmp_path, 1, 0)
 
 
 def test_scenes_are_read_back_where_the_autoencoder_keeps_them() -> None:

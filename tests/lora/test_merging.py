@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,15 @@ def test_a_lora_that_does_not_fit_a_checkpoint_writes_nothing(folder: Path, tmp_
             open_checkpoint(folder), [(lora(PIPELINES["sdxl"]()), 1.0)], tmp_path / "out"
         )
     assert not (tmp_path / "out").exists()
+
+
+def test_a_stranger_s_links_are_not_copied(folder: Path, tmp_path: Path) -> None:
+    """What a folder's links lead to outside of it comes into no copy of it."""
+    shutil.copytree(folder, tmp_path / "stranger")
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "stranger/extra").symlink_to(tmp_path / "secret")
+    with pytest.raises(UserError, match="a link that leads out of the folder"):
+        open_checkpoint(tmp_path / "stranger")
 
 
 def test_a_checkpoint_s_modules_are_those_that_can_be_adapted(folder: Path) -> None:

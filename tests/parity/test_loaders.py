@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from transformers import BatchFeature
 
-from ldm_pipeline import LatentDiffusionPipeline
+from ldm_pipeline import LatentDiffusionPipeline, LatentDiffusionXLPipeline
+from ldm_pipeline.errors import UserError
 
 Build = Callable[..., dict[str, Any]]
 
@@ -73,6 +76,34 @@ def test_learnt_words(pair: Any) -> None:
         drawn.append(draw(pipe, "a <mine> star", negative_prompt="<mine>"))
         assert not torch.equal(drawn[-1], plain)
     assert torch.equal(*drawn)
+
+
+@pytest.mark.parametrize("build", ["tiny", "tiny_xl"])
+def test_a_pickle_is_no_adapter(build: str, request: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """Neither by its name, nor under another, nor because nothing else is there."""
+    pipe: Any = {"tiny": LatentDiffusionPipeline, "tiny_xl": LatentDiffusionXLPipeline}[build](
+        **request.getfixturevalue(build)()
+    )
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.bin", "only/a.bin", "both/a.bin", "b.safetensors"):
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_bytes(b"cos\nmkdir\n(S'ran'\ntR.")
+    save_file({"a": torch.ones(1)}, "both/a.safetensors")
+    asked: list[tuple[str, dict[str, Any]]] = [
+        ("a.bin", {}),
+        ("only", {}),
+        (".", {"subfolder": "only"}),
+        ("both", {"weight_name": "a.bin"}),
+        ("both", {"use_safetensors": False}),
+    ]
+    for load in (pipe.load_lora_weights, pipe.load_textual_inversion, pipe.lora_state_dict):
+        for place, told in asked:
+            with pytest.raises(UserError, match="a pickle can run any program") as refusal:
+                load(place, **told)
+            assert "\n" not in str(refusal.value)
+        with pytest.raises(SafetensorError):
+            load("b.safetensors")
+    assert not Path("ran").exists(), "a pickle was opened"
 
 
 class Checker(torch.nn.Module):

@@ -193,16 +193,40 @@ def test_a_run_goes_on_as_stock_goes_on(xl: dict[str, Any], name: str) -> None:
     assert torch.equal(mine, stock(image=left, **told).images)
 
 
-def test_a_refiner_goes_on(xl: dict[str, Any], tmp_path: Path) -> None:
-    """It has the second encoder alone, and is told a score instead of the target size."""
+def refiner_unet() -> Any:
+    """A UNet that is told five numbers beside the pooled answer."""
     from tests.conftest import tiny_unet
 
-    unet = tiny_unet(
+    return tiny_unet(
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=24 + 5 * 8,
     )
-    parts = {**xl, "unet": unet, "text_encoder": None, "tokenizer": None}
+
+
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
+def test_a_refiner_without_words_goes_on(xl: dict[str, Any], guidance: float) -> None:
+    """It has no encoder at all, and draws from what another pipeline made of the words."""
+    names = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    parts = {**xl, "unet": refiner_unet(), **dict.fromkeys(names)}
+    said = {"requires_aesthetics_score": True, "add_watermarker": False}
+    ours = LatentDiffusionXLPipeline(**parts, **said)
+    stock = StableDiffusionXLImg2ImgPipeline(**parts, **said)
+    dice = seeded(3)[0]
+    left = torch.randn(1, 4, 16, 16, generator=dice)
+    told: dict[str, Any] = {"num_inference_steps": 4, "denoising_start": 0.5}
+    for half in ("", "negative_"):
+        told[f"{half}prompt_embeds"] = torch.randn(1, 77, 32, generator=dice)
+        told[f"{half}pooled_prompt_embeds"] = torch.randn(1, 24, generator=dice)
+    told |= {"guidance_scale": guidance, "output_type": "latent", "aesthetic_score": 7.0}
+    told |= {"original_size": (32, 32), "target_size": (32, 32)}
+    mine = ours(latents=left, **told).images
+    assert torch.equal(mine, stock(image=left, **told).images)
+
+
+def test_a_refiner_goes_on(xl: dict[str, Any], tmp_path: Path) -> None:
+    """It has the second encoder alone, and is told a score instead of the target size."""
+    parts = {**xl, "unet": refiner_unet(), "text_encoder": None, "tokenizer": None}
     ours = LatentDiffusionXLPipeline(**parts, add_watermarker=False)
     stock = StableDiffusionXLImg2ImgPipeline(
         **parts, requires_aesthetics_score=True, add_watermarker=False
