@@ -404,8 +404,8 @@ def test_an_empty_caption_is_streamed_as_such(
 ) -> None:
     """It gets the default, as in the table itself, and ends no run."""
     table = write_table(tmp_path, monkeypatch, empty=True)
-    for told in ({}, {"stream_to": tmp_path / "copy"}):
-        items = read_dataset(table, caption_key="text", default_caption="a thing", **told)
+    for copy in (None, tmp_path / "copy"):
+        items = read_dataset(table, caption_key="text", default_caption="a thing", stream_to=copy)
         assert [item.captions for item in items] == [("row 0",), ("a thing",), ("row 2",)]
 
 
@@ -414,7 +414,8 @@ def test_a_copy_that_was_interrupted_is_none(
 ) -> None:
     """Neither while rows are read nor while the shards appear, which they do at once."""
     monkeypatch.setattr(rows, "ROWS_PER_SHARD", 1)
-    add, replace, named = rows._add_row, Path.replace, []
+    add, replace = rows._add_row, Path.replace
+    named: list[Path] = []
 
     def until_the_last(shard: Any, stem: str, *told: Any) -> None:
         if stem.endswith("2"):
@@ -426,8 +427,13 @@ def test_a_copy_that_was_interrupted_is_none(
         with pytest.raises(KeyboardInterrupt):
             rows.copy_rows(rows.Table(str(table)), tmp_path / "copy", None)
     assert not list(tmp_path.glob("*copy*"))
+
+    def noted(path: Path, to: Path) -> Path:
+        named.append(to)
+        return replace(path, to)
+
     with monkeypatch.context() as counted:
-        counted.setattr(Path, "replace", lambda path, to: (named.append(to), replace(path, to))[1])
+        counted.setattr(Path, "replace", noted)
         rows.copy_rows(rows.Table(str(table)), tmp_path / "copy", None)
     assert named == [tmp_path / "copy"]
     assert len(list((tmp_path / "copy").iterdir())) == 3
