@@ -113,10 +113,11 @@ class Recipe:
     model's own. `size` is (height, width) in pixels. `loras` are adapter files with their
     weights; `lcm` is that of few steps, "" the one known for the model. `eta` is the share of fresh
     noise, None the sampler's own, and `decoder` the small autoencoder, as --decoder names it.
-    `weighted` says that prompts were read with weights and BREAK, which older pictures' were not. `origin` is
-    the picture that it was drawn out of, which then says how its size came about. `memory` is what
-    of it is `Memory.seen`; older pictures were drawn plainly. `digests` has the SHA-256 of each
-    adapter and decoder, by its name here: another file may lie there later. `versions` names the
+    `weighted` says that prompts were read with weights and BREAK, which older pictures' were not.
+    `origin` is the picture that it was drawn out of, which then says how its size came about.
+    `memory` is what of it is `Memory.seen`; older pictures were drawn plainly. `digests` has the
+    SHA-256 of each adapter and decoder, by its name here: another file may lie there later.
+    `versions` names the
     packages that drew it: other versions may round differently. Neither enters the command.
     """
 

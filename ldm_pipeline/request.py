@@ -346,8 +346,8 @@ class Request:
                 if as_whole("seed", seed, 0) > MAX_SEED - self.image_count:
                     raise UserError(f"seed={seed} is too large; it must be below 2**63")
         if self.generator is not None:
-            several = isinstance(self.generator, Sequence)
-            for generator in self.generator if several else [self.generator]:
+            given = self.generator if isinstance(self.generator, Sequence) else [self.generator]
+            for generator in given:
                 if not hasattr(generator, "initial_seed"):  # torch is not imported here
                     raise UserError(
                         f"generator={generator!r} must be a torch.Generator, or a list with one per"

@@ -32,7 +32,7 @@ def test_what_fails_leaves_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         broken("there", KeyboardInterrupt())
-    with pytest.raises(UserError, match="cannot write .*gone: No space left"):
+    with pytest.raises(UserError, match=r"cannot write .*gone: No space left"):
         broken("gone", OSError(28, "No space left on device"))
     with pytest.raises(UserError, match="cannot write"), replacing(tmp_path / "no/folder") as place:
         place.write_text("new")

@@ -404,8 +404,8 @@ def test_an_empty_caption_is_streamed_as_such(
 ) -> None:
     """It gets the default, as in the table itself, and ends no run."""
     table = write_table(tmp_path, monkeypatch, empty=True)
-    for told in ({}, {"stream_to": tmp_path / "copy"}):
-        items = read_dataset(table, caption_key="text", default_caption="a thing", **told)
+    for copy in (None, tmp_path / "copy"):
+        items = read_dataset(table, caption_key="text", default_caption="a thing", stream_to=copy)
         assert [item.captions for item in items] == [("row 0",), ("a thing",), ("row 2",)]
 
 
@@ -421,13 +421,17 @@ def test_a_copy_that_was_interrupted_is_none(
             raise KeyboardInterrupt
         add(shard, stem, *told)
 
+    def noted(path: Path, to: Path) -> Path:
+        named.append(to)
+        return replace(path, to)
+
     with monkeypatch.context() as broken:
         broken.setattr(rows, "_add_row", until_the_last)
         with pytest.raises(KeyboardInterrupt):
             rows.copy_rows(rows.Table(str(table)), tmp_path / "copy", None)
     assert not list(tmp_path.glob("*copy*"))
     with monkeypatch.context() as counted:
-        counted.setattr(Path, "replace", lambda path, to: (named.append(to), replace(path, to))[1])
+        counted.setattr(Path, "replace", noted)
         rows.copy_rows(rows.Table(str(table)), tmp_path / "copy", None)
     assert named == [tmp_path / "copy"]
     assert len(list((tmp_path / "copy").iterdir())) == 3
