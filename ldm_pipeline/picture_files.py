@@ -11,12 +11,12 @@ nothing that changes from run to run: the same picture and recipe are the same b
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.metadata import Recipe
+from ldm_pipeline.replacing import replacing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -65,27 +65,17 @@ def check_fits(path: Path, recipe: Recipe) -> None:
 def save_picture(picture: Image, path: Path, recipe: Recipe) -> None:
     """Write `picture` with its recipe to `path`, complete or not at all.
 
-    The bytes go to a temporary file in the same folder that then takes the name, so neither an
-    interruption nor a full disk leaves half a picture or harms the one that was there. Raises
-    `UserError` where the folder cannot be written, or the format cannot hold it.
+    Raises `UserError` where the folder cannot be written, or the format cannot hold it.
     """
     kind = format_of(path)
     told = {**QUALITY[kind], **(_chunks(recipe) if kind == "PNG" else _exif(recipe))}
-    temporary = temporary_name(path)
     try:
-        with temporary.open("xb") as file:
+        with replacing(path) as temporary, temporary.open("xb") as file:
             picture.save(file, format=kind, **told)
-        temporary.replace(path)
-    except (OSError, ValueError) as error:  # ValueError: a side or a text too long for the format
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(f"cannot write {path}: {reason}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def temporary_name(path: Path) -> Path:
-    """A name in the folder of `path` that no other process uses, for a file in the making."""
-    return path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
+    except UserError:
+        raise
+    except ValueError as error:  # a side or a text too long for the format
+        raise UserError(f"cannot write {path}: {error}") from error
 
 
 def read_recipe(path: Path) -> Recipe:

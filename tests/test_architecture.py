@@ -19,7 +19,7 @@ PACKAGE = ROOT / "ldm_pipeline"
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "train").glob("*.py"))
 
-SHARED = {"", "errors", "grid", "images", "memory", "request", "request_xl"}
+SHARED = {"", "errors", "grid", "images", "memory", "replacing", "request", "request_xl"}
 """What any layer but the core may use: values, errors, pictures."""
 
 FRONT = {
@@ -57,6 +57,7 @@ ALLOWED = {
     "picture_files": {"metadata", *SHARED},
     "grid": SHARED,
     "memory": {"errors"},
+    "replacing": {"errors"},
     "request": {"errors"},
     "request_xl": {"errors", "request"},
     "images": {"errors"},
@@ -87,6 +88,7 @@ OUTSIDE = {
     "request_xl.py": {"torch"},
     "errors.py": set(),
     "memory.py": set(),
+    "replacing.py": set(),
     "cli.py": set(),
 }
 

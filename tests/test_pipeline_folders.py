@@ -236,3 +236,9 @@ def test_variants(tmp_path: Path) -> None:
         for file in files:
             (tmp_path / name / "unet" / file).touch()
         assert folders.only_variant(tmp_path / name) == variant
+        one = folders.weight_files(tmp_path / name / "unet")
+        wanted = [file for file in files if folders.variant_of(Path(file)) == (variant or "")]
+        assert [path.name for path in one] == wanted
+    (tmp_path / "half/unet/a.ema.safetensors").touch()
+    one = folders.weight_files(tmp_path / "half/unet")
+    assert [path.name for path in one] == ["a.ema.safetensors"], "nothing is counted twice"

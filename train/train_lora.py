@@ -7,19 +7,9 @@ On one process or on as many as accelerate is told:
 
 from functools import partial
 
-import torch
-from diffusers import DiffusionPipeline
-
-from ldm_pipeline import load
 from ldm_pipeline.training.launch import launch
 from ldm_pipeline.training.lora import LoraConfig, LoraObjective
-from ldm_pipeline.training.opening import is_xl, open_xl
-
-
-def open_model(source: str, dtype: torch.dtype) -> DiffusionPipeline:
-    """The model that `model` names in the configuration."""
-    return open_xl(source, dtype) if is_xl(source) else load(source, torch_dtype=dtype)
-
+from ldm_pipeline.training.opening import open_model
 
 if __name__ == "__main__":
     launch(LoraConfig, partial(LoraObjective, open_model=open_model))

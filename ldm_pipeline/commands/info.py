@@ -85,19 +85,12 @@ def list_components(folder: Path, index: dict[str, Any]) -> list[Component]:
         if not is_part or value[1] is None:
             continue
         files = [path for path in (folder / name).rglob("*") if path.is_file()]
-        weights = read_weights(main_weights(path for path in files if path.parent == folder / name))
+        weights = read_weights(folders.weight_files(folder / name))
         size = sum(path.stat().st_size for path in files)
         components.append(
             Component(name, str(value[1]), weights if weights.parameters else None, size)
         )
     return components
-
-
-def main_weights(files: Iterable[Path]) -> list[Path]:
-    """The safetensors files to count: those without a variant (fp16, ema) if there are any."""
-    found = sorted(path for path in files if path.suffix == ".safetensors")
-    plain = [path for path in found if path.name.count(".") == 1]
-    return plain or found
 
 
 def read_weights(files: Iterable[Path]) -> Weights:

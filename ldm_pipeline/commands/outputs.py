@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.picture_files import format_of, temporary_name
+from ldm_pipeline.picture_files import format_of
+from ldm_pipeline.replacing import temporary_name
 
 
 def check_picture(path: Path) -> Path:

@@ -81,22 +81,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     folders.check(folder, CLASSES)
     tensors: dict[str, dict[str, Place]] = {}
     for component in COMPONENTS:
-        for file in weight_files(folder / component):
+        for file in folders.weight_files(folder / component):
             for key, shape in read_header(file).shapes.items():
                 name = key.removeprefix(TEXT_MODEL)
                 tensors.setdefault(component, {})[name] = Place(file, key, shape)
     if not tensors:
         raise UserError(f"{folder} holds no safetensors weights of {', '.join(COMPONENTS)}")
     return Checkpoint(folder, tensors)
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of one component, in one variant: the plain ones if there are any."""
-    found = sorted(folder.glob(f"*{SAFE}"))
-    variants = [(file, file.name.removesuffix(SAFE).partition(".")[2]) for file in found]
-    plain = [file for file, variant in variants if not variant]
-    first = variants[0][1].partition("-")[0] if variants else ""
-    return plain or [file for file, variant in variants if variant.partition("-")[0] == first]
 
 
 def rewritten(

@@ -16,7 +16,6 @@ import math
 import os
 import struct
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,6 +25,7 @@ from ldm_pipeline.lora.layouts.families import Family, family_of, required
 from ldm_pipeline.lora.layouts.reading import check_dtypes
 from ldm_pipeline.lora.weights import COLUMNS, LORA_A, LORA_B, MAGNITUDE, Header, LoraWeights
 from ldm_pipeline.models.headers import read_header
+from ldm_pipeline.replacing import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -229,22 +229,7 @@ def _in_order(contents: bytes) -> bytes:
 
 
 def _write_whole(file: Path, contents: bytes) -> None:
-    """Write `contents` to `file`, flushed to the disk under another name that is then changed."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as stream:
-            stream.write(contents)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-        folder = os.open(file.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror or error}") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
+    """Write `contents` to `file`, and the folders that it lies in."""
+    with replacing(file) as temporary:
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(contents)

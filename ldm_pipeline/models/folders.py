@@ -67,6 +67,18 @@ def check(folder: Path, known: Collection[str], given: Collection[str] = ()) -> 
 
 def only_variant(folder: Path) -> str | None:
     """The variant ("fp16") that all weights of `folder` come in, or None where some are plain."""
-    stems = [file.name.removesuffix(SAFE) for file in folder.glob(f"*/*{SAFE}")]
-    variants = {stem.partition(".")[2].partition("-")[0] for stem in stems}
+    variants = {variant_of(file) for file in folder.glob(f"*/*{SAFE}")}
     return variants.pop() if len(variants) == 1 and "" not in variants else None
+
+
+def weight_files(component: Path) -> list[Path]:
+    """The safetensors files of one component's folder, in one variant: the plain ones if there are
+    any."""
+    found = sorted(component.glob(f"*{SAFE}"))
+    first = min(map(variant_of, found), default="")
+    return [file for file in found if variant_of(file) == first]
+
+
+def variant_of(file: Path) -> str:
+    """The variant of a file of weights, whole or a shard; "" of a plain one."""
+    return file.name.removesuffix(SAFE).partition(".")[2].partition("-")[0]

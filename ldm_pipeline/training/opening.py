@@ -1,6 +1,6 @@
-"""Opening SDXL models to train on: stock diffusers' pipeline, with our rules of safety.
+"""Opening models to train on: SDXL as stock diffusers' pipeline, with our rules of safety.
 
-Whoever trains is given a function that opens models; the training scripts' asks `is_xl` first.
+Whoever trains is given a function that opens models; the training scripts give `open_model`.
 """
 
 from __future__ import annotations
@@ -8,11 +8,18 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub import hf_hub_download
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import folders
+
+
+def open_model(source: str, dtype: torch.dtype) -> DiffusionPipeline:
+    """The model that `model` names in a configuration: a folder, a file, a hub id or bundled."""
+    from ldm_pipeline import load
+
+    return open_xl(source, dtype) if is_xl(source) else load(source, torch_dtype=dtype)
 
 
 def is_xl(source: str) -> bool:

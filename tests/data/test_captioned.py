@@ -422,6 +422,10 @@ def test_a_copy_that_was_interrupted_is_none(
             raise KeyboardInterrupt
         add(shard, stem, *told)
 
+    def noted(path: Path, to: Path) -> Path:
+        named.append(to)
+        return replace(path, to)
+
     with monkeypatch.context() as broken:
         broken.setattr(rows, "_add_row", until_the_last)
         with pytest.raises(KeyboardInterrupt):

@@ -8,8 +8,6 @@ configs and tokenizers as a note in the file's header (`note.py`), the file's su
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from ldm_pipeline.models.original.clip import BODY, with_body
 from ldm_pipeline.models.original.families import Family, family_for
 from ldm_pipeline.models.original.tensors import Stored, stored, write
 from ldm_pipeline.models.trust import CLASSES, components, read_json
+from ldm_pipeline.replacing import replacing
 
 SURPLUS = "original.safetensors"
 TORCH = {"format": "pt"}
@@ -84,8 +83,7 @@ def to_file(folder: Path, file: Path) -> tuple[str, ...]:
 
 def to_folder(checkpoint: Checkpoint, folder: Path) -> int:
     """Write the checkpoint to `folder`, complete or not at all; how many tensors are surplus."""
-    temporary = folder.with_name(f".{folder.name[:100]}.{os.getpid()}.tmp")
-    try:
+    with replacing(folder) as temporary:
         for name, text in checkpoint.files.items():
             (temporary / name).parent.mkdir(parents=True, exist_ok=True)
             (temporary / name).write_text(text, encoding="utf-8")
@@ -98,11 +96,6 @@ def to_folder(checkpoint: Checkpoint, folder: Path) -> int:
             kept = {key: str(text) for key, text in texts.items() if key != note.KEY}
             write(temporary / SURPLUS, checkpoint.rest, kept)
         folders.check(temporary, CLASSES)
-        temporary.rename(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return len(checkpoint.rest)
 
 

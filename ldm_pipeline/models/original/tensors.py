@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import struct
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models.headers import BYTES, read_header
+from ldm_pipeline.replacing import replacing
 
 if TYPE_CHECKING:
     import torch
@@ -124,18 +124,11 @@ def write(file: Path, tensors: Mapping[str, Stored], texts: Mapping[str, str]) -
         at = place[1]
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
-    temporary = file.with_name(f".{file.name[:100]}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("xb") as out:
-            out.write(struct.pack("<Q", len(header)) + header)
-            for key in order:
-                for piece in _bytes(tensors[key]):
-                    out.write(piece)
-        temporary.replace(file)
-    except OSError as error:
-        raise UserError(f"cannot write {file}: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replacing(file) as temporary, temporary.open("xb") as out:
+        out.write(struct.pack("<Q", len(header)) + header)
+        for key in order:
+            for piece in _bytes(tensors[key]):
+                out.write(piece)
 
 
 def to_torch(tensor: Stored) -> torch.Tensor:
