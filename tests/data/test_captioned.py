@@ -432,10 +432,6 @@ def test_a_copy_that_was_interrupted_is_none(
             rows.copy_rows(rows.Table(str(table)), tmp_path / "copy", None)
     assert not list(tmp_path.glob("*copy*"))
 
-    def noted(path: Path, to: Path) -> Path:
-        named.append(to)
-        return replace(path, to)
-
     with monkeypatch.context() as counted:
         counted.setattr(Path, "replace", noted)
         rows.copy_rows(rows.Table(str(table)), tmp_path / "copy", None)
