@@ -50,10 +50,10 @@ from ldm_pipeline.request import (
     MASK_TENSORS,
     STEPS,
     Request,
-    Text,
 )
 from ldm_pipeline.running import Callback, Run, tensors_for, under_way
 from ldm_pipeline.stock_loaders import SafeLoaders
+from ldm_pipeline.values import Text
 
 ENCODING = "encode a prompt (prompt_embeds and negative_prompt_embeds do without)"
 

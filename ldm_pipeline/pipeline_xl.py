@@ -33,7 +33,7 @@ from ldm_pipeline.models import autoencoder
 from ldm_pipeline.models.conditioning import time_ids
 from ldm_pipeline.models.precision import widen
 from ldm_pipeline.pipeline import LatentDiffusionPipeline
-from ldm_pipeline.request import MASK_TENSORS, Request, Text
+from ldm_pipeline.request import MASK_TENSORS, Request
 from ldm_pipeline.request_xl import (
     XL_CALLBACK_TENSORS,
     XL_GUIDANCE,
@@ -44,6 +44,7 @@ from ldm_pipeline.request_xl import (
 from ldm_pipeline.running import Callback, Run, halves, tensors_for
 from ldm_pipeline.stock_loaders import SafeXLLoaders
 from ldm_pipeline.two_texts import TwoTexts
+from ldm_pipeline.values import Text
 
 
 class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes with other arguments

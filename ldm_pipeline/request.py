@@ -17,10 +17,10 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ldm_pipeline.errors import UserError, choose
+from ldm_pipeline.values import Text, as_number, as_shape, as_texts, as_whole, check_levels
 
 if TYPE_CHECKING:
     import torch
@@ -46,8 +46,6 @@ SIZE_STEP = 8
 #: Steps and guidance where nobody names them, with `lcm` and without.
 LCM_STEPS, LCM_GUIDANCE = 4, 1.0
 STEPS, GUIDANCE = 50, 7.5
-
-Text = str | Sequence[str]
 
 
 @dataclass(frozen=True)
@@ -312,7 +310,7 @@ class Request:
         for name in ("timesteps", "sigmas"):
             levels = getattr(self, name)
             if levels is not None:
-                _check_levels(name, levels)
+                check_levels(name, levels)
         if self.timesteps is None and self.sigmas is None:
             as_whole("num_inference_steps", self.num_inference_steps, 1)
         as_whole("num_images_per_prompt", self.num_images_per_prompt, 1)
@@ -404,55 +402,3 @@ class Request:
 def _is_there(value: Any) -> bool:
     """Whether a choice was made: anything but None and False."""
     return value is not None and value is not False
-
-
-def _check_levels(name: str, levels: Any) -> None:
-    """Raise `UserError` unless these are finite numbers, one at least; tensors are told so too."""
-    try:
-        numbers = [math.nan if isinstance(level, str) else float(level) for level in levels]
-    except (TypeError, ValueError):
-        numbers = [math.nan]
-    if not numbers:
-        raise UserError(f"{name} is empty; pass at least one noise level")
-    if not all(map(math.isfinite, numbers)):
-        given = " ".join(repr(levels).split())[:80]
-        raise UserError(f"{name}={given} must be a list of numbers, descending noise levels")
-
-
-def as_texts(name: str, text: Text | None) -> list[str]:
-    """A text or a sequence of texts as a list."""
-    if text is None:
-        return []
-    texts = [text] if isinstance(text, str) else text
-    if not isinstance(texts, Sequence) or not all(isinstance(entry, str) for entry in texts):
-        raise UserError(f"{name}={text!r} must be a text or a list of texts")
-    if not texts:
-        raise UserError(f"{name} is an empty list; pass at least one text")
-    return list(texts)
-
-
-def as_shape(name: str, tensor: Any) -> tuple[int, ...]:
-    """The shape of a tensor; a `UserError` for anything that has none."""
-    if not hasattr(tensor, "shape"):
-        raise UserError(f"{name} must be a tensor, not {type(tensor).__name__}")
-    return tuple(tensor.shape)
-
-
-def as_whole(name: str, value: Any, low: int) -> int:
-    """`value` as an int of at least `low`."""
-    try:
-        whole = operator.index(value)
-    except TypeError:
-        whole = None
-    if whole is None or isinstance(value, bool) or whole < low:
-        raise UserError(f"{name}={value!r} must be a whole number of at least {low}")
-    return whole
-
-
-def as_number(name: str, value: Any, low: float, high: float) -> float:
-    """`value` as a finite float within [low, high]."""
-    number = float(value) if isinstance(value, Real) else math.nan
-    if isinstance(value, bool) or not math.isfinite(number) or not low <= number <= high:
-        allowed = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
-        raise UserError(f"{name}={value!r} must be a finite number, {allowed}")
-    return number

@@ -16,12 +16,8 @@ from ldm_pipeline.request import (
     TASKS,
     Request,
     Task,
-    Text,
-    as_number,
-    as_shape,
-    as_texts,
-    as_whole,
 )
+from ldm_pipeline.values import Text, as_number, as_shape, as_texts, as_whole
 
 if TYPE_CHECKING:
     import torch

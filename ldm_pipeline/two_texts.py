@@ -16,7 +16,8 @@ from torch import Tensor
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import chunks, text
 from ldm_pipeline.pipeline import ENCODING
-from ldm_pipeline.request import Request, Text
+from ldm_pipeline.request import Request
+from ldm_pipeline.values import Text
 
 Told = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 """(embeds, negative embeds, pooled, negative pooled), as a stock SDXL pipeline returns them."""

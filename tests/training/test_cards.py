@@ -11,14 +11,16 @@ from ldm_pipeline.training.lcm import LcmConfig, LcmObjective
 from ldm_pipeline.training.lora import LoraConfig
 from ldm_pipeline.training.lora_card import model_card
 
+TOLD = {"run": {"out": "runs/a"}, "model": "a/model", "data": {"source": "pictures"}}
+
 
 @pytest.mark.parametrize("kind", [OneEncoder, TwoEncoders])
 def test_a_card_says_how_to_draw_here_and_in_stock(kind: type) -> None:
-    config = LoraConfig.model_validate({"model": "a/model", "data": {"source": "pictures"}})
+    config = LoraConfig.model_validate(TOLD)
     card = model_card(config, "a/model", 5, False, kind.tag)  # type: ignore[attr-defined]
     assert 'ldm generate "…" --model a/model --lora pytorch_lora_weights.safetensors' in card
     assert 'pipeline.load_lora_weights("pytorch_lora_weights.safetensors")' in card
-    few = LcmConfig.model_validate({"model": "a/model", "data": {"source": "pictures"}})
+    few = LcmConfig.model_validate(TOLD)
     use = LcmObjective._use(SimpleNamespace(config=few, conditioning=kind))  # type: ignore[arg-type]
     assert 'ldm generate "…" --model a/model --lcm pytorch_lora_weights.safetensors' in use
     assert 'pipeline.load_lora_weights("pytorch_lora_weights.safetensors")' in use

@@ -1,0 +1,66 @@
+"""Values as callers pass them, read as plain types; what cannot be is a `UserError` of one line."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from numbers import Real
+from typing import Any
+
+from ldm_pipeline.errors import UserError
+
+Text = str | Sequence[str]
+"""One text, or one for each picture."""
+
+
+def check_levels(name: str, levels: Any) -> None:
+    """Raise `UserError` unless these are finite numbers, one at least; tensors are told so too."""
+    try:
+        numbers = [math.nan if isinstance(level, str) else float(level) for level in levels]
+    except (TypeError, ValueError):
+        numbers = [math.nan]
+    if not numbers:
+        raise UserError(f"{name} is empty; pass at least one noise level")
+    if not all(map(math.isfinite, numbers)):
+        given = " ".join(repr(levels).split())[:80]
+        raise UserError(f"{name}={given} must be a list of numbers, descending noise levels")
+
+
+def as_texts(name: str, text: Text | None) -> list[str]:
+    """A text or a sequence of texts as a list."""
+    if text is None:
+        return []
+    texts = [text] if isinstance(text, str) else text
+    if not isinstance(texts, Sequence) or not all(isinstance(entry, str) for entry in texts):
+        raise UserError(f"{name}={text!r} must be a text or a list of texts")
+    if not texts:
+        raise UserError(f"{name} is an empty list; pass at least one text")
+    return list(texts)
+
+
+def as_shape(name: str, tensor: Any) -> tuple[int, ...]:
+    """The shape of a tensor; a `UserError` for anything that has none."""
+    if not hasattr(tensor, "shape"):
+        raise UserError(f"{name} must be a tensor, not {type(tensor).__name__}")
+    return tuple(tensor.shape)
+
+
+def as_whole(name: str, value: Any, low: int) -> int:
+    """`value` as an int of at least `low`."""
+    try:
+        whole = operator.index(value)
+    except TypeError:
+        whole = None
+    if whole is None or isinstance(value, bool) or whole < low:
+        raise UserError(f"{name}={value!r} must be a whole number of at least {low}")
+    return whole
+
+
+def as_number(name: str, value: Any, low: float, high: float) -> float:
+    """`value` as a finite float within [low, high]."""
+    number = float(value) if isinstance(value, Real) else math.nan
+    if isinstance(value, bool) or not math.isfinite(number) or not low <= number <= high:
+        allowed = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
+        raise UserError(f"{name}={value!r} must be a finite number, {allowed}")
+    return number
