@@ -37,10 +37,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         for each in [temporary, *temporary.rglob("*")]:
             if each.is_file():
-                _flush(each)
+                flush(each)
         temporary.replace(path)
         with suppress(OSError):  # not every file system flushes a folder
-            _flush(path.parent)
+            flush(path.parent)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
@@ -51,7 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
                 temporary.unlink()
 
 
-def _flush(path: Path) -> None:
+def flush(path: Path) -> None:
     """Wait until the disk has it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -11,10 +11,11 @@ of attention may be the name of a kernel on the hub.
 from __future__ import annotations
 
 import json
+import os
 import re
 import stat
 from collections.abc import Mapping
-from pathlib import Path, PurePath, PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ldm_pipeline.errors import UserError
@@ -167,7 +168,7 @@ def check_adapter(source: object, weight_name: object = None, subfolder: object 
 
     `source` is a file, a folder or a hub id; `weight_name` names a file in it.
     """
-    if not isinstance(source, str | PurePath):
+    if not isinstance(source, str | os.PathLike):
         return
     place = Path(source, str(subfolder or ""))
     if weight_name is not None:
@@ -175,7 +176,7 @@ def check_adapter(source: object, weight_name: object = None, subfolder: object 
     elif place.is_dir():
         found = sorted(each.name for each in place.iterdir() if each.suffix in (SAFE, *PICKLES))
     else:
-        found = [str(source)] if place.is_file() else []
+        found = [os.fspath(source)] if place.is_file() else []
     if found and not any(name.endswith(SAFE) for name in found):
         raise UserError(
             f"{', '.join(found)} is refused: a pickle can run any program; name a {SAFE} file"

@@ -22,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ldm_pipeline.data.writing import writing
+from ldm_pipeline.replacing import flush
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ def save(
         if final.exists():
             shutil.rmtree(final)
         unfinished.rename(final)
-        _flush(folder)
+        flush(folder)
     return final
 
 
@@ -67,8 +68,8 @@ def _fill(
     entries = {file.name: _fingerprint(file) for file in sorted(unfinished.iterdir())}
     (unfinished / MANIFEST).write_text(json.dumps(entries, indent=2), "utf-8")
     for file in unfinished.iterdir():
-        _flush(file)
-    _flush(unfinished)
+        flush(file)
+    flush(unfinished)
 
 
 def newest(folder: Path) -> Path | None:
@@ -119,15 +120,6 @@ def _fingerprint(file: Path) -> dict[str, Any]:
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"bytes": file.stat().st_size, "sha256": digest}
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file or folder is on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sweep(folder: Path) -> None:

@@ -8,8 +8,8 @@ nothing about how much each place weighs in the denoising loss.
 
 What the words alone say of it, "above" or "left of", is decided at the noisiest levels, where the
 denoising loss is nearly the same for either answer: 538,000 samples did not teach the bundled model
-which is which. A second head reads the layout from the text embeddings, with no picture at all, and
-a text encoder that is asked so directly tells all relations apart after 150,000 captions.
+which is which. A second head reads the layout from the text embeddings, with no picture at all;
+`benchmarks/relations.py` shows how soon a text encoder that is asked so directly tells them apart.
 
 Legend
     feats    features of the finest grid, [B, C, h, w], before the last block of the UNet
@@ -42,10 +42,15 @@ class LayoutHead(nn.Module):
         self.norm = nn.GroupNorm(1, channels)
         self.names = nn.Conv2d(channels, FINE * FINE * sum(CLASSES), kernel_size=1)
 
-    def forward(self, feats: Tensor, labels: Tensor) -> Tensor:
-        """The mean cross-entropy of kinds and of colours, a scalar; things weigh more."""
+    def told(self, feats: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of kinds and of colours, [B, classes, FINE h, FINE w] in float32."""
         told = F.pixel_shuffle(self.names(self.norm(feats)), FINE).float()
         kinds, colours = told.split(CLASSES, dim=1)
+        return kinds, colours
+
+    def forward(self, feats: Tensor, labels: Tensor) -> Tensor:
+        """The mean cross-entropy of kinds and of colours, a scalar; things weigh more."""
+        kinds, colours = self.told(feats)
         losses = [
             F.cross_entropy(kinds, labels[:, 0].long(), weight=_weights(kinds)),
             F.cross_entropy(colours, labels[:, 1].long(), weight=_weights(colours)),
@@ -70,14 +75,17 @@ class WordsHead(nn.Module):
         )
         self.head = LayoutHead(channels)
 
-    def forward(self, embeds: Tensor, labels: Tensor) -> Tensor:
-        """The loss of `LayoutHead`; of finer labels every nth is read."""
+    def heard(self, embeds: Tensor) -> Tensor:
+        """The features of each place, [B, C, side, side]."""
         x = self.places.expand(len(embeds), -1, -1)
         x = x + self.hears(self.asks(x), embeds, embeds, need_weights=False)[0]
         x = x + self.mlp(self.thinks(x))
+        return x.transpose(1, 2).unflatten(2, (self.side, self.side))
+
+    def forward(self, embeds: Tensor, labels: Tensor) -> Tensor:
+        """The loss of `LayoutHead`; of finer labels every nth is read."""
         step = labels.shape[-1] // (FINE * self.side)
-        feats = x.transpose(1, 2).unflatten(2, (self.side, self.side))
-        return self.head(feats, labels[..., ::step, ::step])
+        return self.head(self.heard(embeds), labels[..., ::step, ::step])
 
 
 def labels_of(scene: Scene, side: int) -> np.ndarray:

@@ -63,7 +63,7 @@ def refuse_other_meaning(config: TrainingConfig, earlier: Mapping[str, Any], pla
     odd = []
     for key in settled(config):
         before, now = _at(earlier, key), _at(asked, key)
-        if before is not UNSET and before != now:
+        if before is not UNSET and before != now and not _one_place(before, now):
             odd.append(f"{key}={_told(before)}, not {_told(now)}")
     if odd:
         raise UserError(
@@ -94,6 +94,16 @@ def _at(values: Any, key: str) -> Any:
     for part in key.split("."):
         values = values.get(part, UNSET) if isinstance(values, Mapping) else UNSET
     return values
+
+
+def _one_place(before: Any, now: Any) -> bool:
+    """Whether two texts name one file or folder that is there, as by another way."""
+    if not isinstance(before, str) or not isinstance(now, str):
+        return False
+    try:
+        return Path(before).samefile(now)
+    except OSError:
+        return False
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,11 +6,11 @@ import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from ldm_pipeline.data.writing import NotWritten, settle_folder, write_folder
+from tests.kills import killed_at
 
 
 def filled(*names: str, text: str) -> Callable[[Path], None]:
@@ -34,45 +34,20 @@ OLD = {"text/model": "old", "unet/model": "old"}
 NEW = {"text/model": "new", "unet/model": "new"}
 
 
-class Killed(BaseException):
-    """Stands for a kill: nothing of ours runs after it."""
-
-
 def test_a_kill_at_any_moment_leaves_the_old_or_the_new_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before and after every renaming, move and removal; never a part of each."""
-    calls = 0
-
-    def counted(original: Any, stop_at: int) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == stop_at:
-                raise Killed
-            result = original(*args, **kwargs)
-            calls += 1
-            if calls == stop_at:
-                raise Killed
-            return result
-
-        return call
-
     places = [(Path, "rename"), (Path, "replace"), (Path, "write_text"), (shutil, "rmtree")]
     seen, finished, stop_at = [], False, 0
     while not finished:
         folder = tmp_path / str(stop_at) / "final"
         write_folder(folder, filled(*OLD, text="old"))
         (folder / "mine").write_text("mine")
-        stop_at, calls = stop_at + 1, 0
-        with monkeypatch.context() as patch:
-            for owner, name in places:
-                patch.setattr(owner, name, counted(getattr(owner, name), stop_at))
-            try:
-                write_folder(folder, filled(*NEW, text="new"))
-                finished = True
-            except Killed:
-                pass
+        stop_at += 1
+        with killed_at(stop_at, places, monkeypatch) as ended:
+            write_folder(folder, filled(*NEW, text="new"))
+        finished = ended[0]
         settle_folder(folder)
         found = contents(folder)
         assert found in ({**OLD, "mine": "mine"}, NEW)

@@ -152,7 +152,7 @@ def test_kohya_s_header_is_what_its_tools_ask_for(family: str, tmp_path: Path) -
     (length,) = struct.unpack("<Q", contents[:8])
     with safe_open(file, "pt") as opened:
         texts = opened.metadata()
-        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118 (it is no mapping)
     digest = hashlib.sha256(contents[8 + length :]).hexdigest()
     assert texts["sshs_model_hash"] == digest
     assert texts["modelspec.hash_sha256"] == f"0x{digest}"

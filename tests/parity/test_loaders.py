@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,8 +90,10 @@ def test_a_pickle_is_no_adapter(build: str, request: Any, tmp_path: Path, monkey
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_bytes(b"cos\nmkdir\n(S'ran'\ntR.")
     save_file({"a": torch.ones(1)}, "both/a.safetensors")
-    asked: list[tuple[str, dict[str, Any]]] = [
+    (entry,) = os.scandir("only")
+    asked: list[tuple[str | os.PathLike[str], dict[str, Any]]] = [
         ("a.bin", {}),
+        (entry, {}),
         ("only", {}),
         (".", {"subfolder": "only"}),
         ("both", {"weight_name": "a.bin"}),

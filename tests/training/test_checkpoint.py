@@ -6,7 +6,6 @@ import json
 import logging
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,6 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ldm_pipeline.training import checkpoint
+from tests.kills import killed_at
 
 
 def parts_of(step: int) -> dict[str, dict[str, Tensor]]:
@@ -60,36 +60,16 @@ def test_what_lies_on_the_disk_runs_no_code(tmp_path: Path) -> None:
             json.loads(file.read_text())
 
 
-class Stopped(BaseException):
-    """Stands for a kill: nothing catches it."""
-
-
 @pytest.mark.parametrize("same_step", [False, True], ids=["next", "over a damaged one"])
 def test_a_kill_at_any_moment_of_a_save_leaves_the_older_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_step: bool
 ) -> None:
     """Before and after every write, flush, removal and renaming of a save, the newest whole
     checkpoint is the old one or, at the very end, the new one; the next save leaves no rubbish."""
-    calls = 0
-
-    def counted(original: Any, stop_at: int) -> Any:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == stop_at:
-                raise Stopped
-            result = original(*args, **kwargs)
-            calls += 1
-            if calls == stop_at:
-                raise Stopped
-            return result
-
-        return call
-
     places = [
         (checkpoint, "save_file"),
         (checkpoint, "_fingerprint"),
-        (checkpoint, "_flush"),
+        (checkpoint, "flush"),
         (shutil, "rmtree"),
         (Path, "mkdir"),
         (Path, "write_text"),
@@ -102,15 +82,10 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_older_one(
         save(folder, 1)
         if same_step:
             (save(folder, 2) / checkpoint.STATE).write_text("{}")
-        stop_at, calls = stop_at + 1, 0
-        with monkeypatch.context() as patch:
-            for owner, name in places:
-                patch.setattr(owner, name, counted(getattr(owner, name), stop_at))
-            try:
-                save(folder, 2)
-                finished = True
-            except Stopped:
-                pass
+        stop_at += 1
+        with killed_at(stop_at, places, monkeypatch) as ended:
+            save(folder, 2)
+        finished = ended[0]
         newest = checkpoint.newest(folder)
         assert_whole(newest, 2 if newest == folder / "step-00000002" else 1)
         save(folder, 3)
@@ -133,7 +108,7 @@ def test_everything_is_on_the_disk_before_it_has_its_name(
     def flushed(path: Path) -> None:
         done.append("unfinished" if path.name.startswith(".") else path.name)
 
-    monkeypatch.setattr(checkpoint, "_flush", flushed)
+    monkeypatch.setattr(checkpoint, "flush", flushed)
     monkeypatch.setattr(Path, "rename", renamed)
     files = {path.name for path in save(tmp_path, 1).iterdir()}
     assert set(done[:4]) == files

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
+from torch import nn
 
 from ldm_pipeline.data.world import COLOURS, KINDS, World
 from ldm_pipeline.training.layout import CLASSES, FINE, LayoutHead, Listener, WordsHead, labels_of
@@ -30,6 +31,21 @@ def test_labels_are_what_covers_each_point() -> None:
     assert seen > 40
 
 
+def taught(
+    head: nn.Module, told: torch.Tensor, labels: torch.Tensor, lr: float, steps: int
+) -> tuple[float, float]:
+    """The loss of a head before and after some steps on one batch."""
+    optimiser = torch.optim.Adam(head.parameters(), lr=lr)
+    losses = []
+    for _ in range(steps + 1):
+        optimiser.zero_grad()
+        loss = head(told, labels)
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimiser.step()
+    return losses[0], losses[-1]
+
+
 def test_the_head_learns_what_is_where() -> None:
     """Features that tell kind and colour are named rightly after some steps; others are not."""
     torch.manual_seed(0)
@@ -37,15 +53,9 @@ def test_the_head_learns_what_is_where() -> None:
     labels = torch.from_numpy(np.stack([labels_of(scene, 16 * FINE) for scene in scenes]))
     head = LayoutHead(32)
     telling = torch.randn(4, 32, 16, 16)
-    optimiser = torch.optim.Adam(head.parameters(), lr=0.05)
-    first = float(head(telling, labels).detach())
+    first, last = taught(head, telling, labels, lr=0.05, steps=60)
     assert 0 < first < 3 * sum(np.log(CLASSES))
-    for _ in range(60):
-        optimiser.zero_grad()
-        loss = head(telling, labels)
-        loss.backward()
-        optimiser.step()
-    assert float(loss.detach()) < 0.5 * first
+    assert last < 0.5 * first
 
 
 def test_it_hears_the_finest_features_and_changes_nothing() -> None:
@@ -79,16 +89,9 @@ def test_words_alone_tell_what_is_where() -> None:
     labels = torch.from_numpy(np.stack([labels_of(scene, 16 * FINE) for scene in scenes]))
     head = WordsHead(32, side=8)
     embeds = torch.randn(4, 7, 32, requires_grad=True)
-    optimiser = torch.optim.Adam(head.parameters(), lr=0.01)
-    first = float(head(embeds, labels).detach())
-    for _ in range(100):
-        optimiser.zero_grad()
-        loss = head(embeds, labels)
-        loss.backward()
-        optimiser.step()
-    assert float(loss.detach()) < 0.5 * first
-    astray = head(embeds.roll(1, dims=0), labels)
-    assert float(astray.detach()) > 2 * float(loss.detach())
+    first, last = taught(head, embeds, labels, lr=0.01, steps=100)
+    assert last < 0.5 * first
+    assert float(head(embeds.roll(1, dims=0), labels).detach()) > 2 * last
     assert embeds.grad is not None
     assert (embeds.grad.abs().sum((1, 2)) > 0).all()
     assert head(torch.randn(4, 3, 32), labels).ndim == 0

@@ -14,7 +14,7 @@ from ldm_pipeline.errors import UserError
 from ldm_pipeline.training.config import Settings, TrainingConfig, validated, write_yaml
 from ldm_pipeline.training.engine import fit
 from ldm_pipeline.training.launch import launch
-from ldm_pipeline.training.resuming import check_resume, settled
+from ldm_pipeline.training.resuming import check_resume, refuse_other_meaning, settled
 from tests.training.test_config import KINDS
 from tests.training.toy import Toy
 
@@ -66,6 +66,25 @@ ALLOWED: list[tuple[str, str, Any]] = [
     ("unet", "caption_dropout", 0.5),
     ("clip", "text", None),
 ]
+
+
+def test_one_folder_by_another_name_is_no_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A path may be written from the root, or by a link."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+
+    def config(text: str) -> TrainingConfig:
+        return validated(KINDS["unet"], {"run": RUN, "autoencoder": "a", "text": text}, "test")
+
+    earlier = config("a").model_dump(mode="json")
+    for same in (str(tmp_path / "a"), "link"):
+        refuse_other_meaning(config(same), earlier, tmp_path)
+    with pytest.raises(UserError, match='text="a", not "b"'):
+        refuse_other_meaning(config("b"), earlier, tmp_path)
 
 
 def changed(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:
