@@ -3,9 +3,10 @@
     python -m benchmarks.few_steps [--model DIR | sd15] [--side 512] [--repeats 3] [--small FOLDER]
 
 50 and 25 steps are drawn with guidance, 8, 4 and 2 as latent consistency models draw, without, so
-that a step costs half. Speed does not depend on the weights: `sd15` is the full architecture of
-Stable Diffusion 1.5 with random ones, in bfloat16. The settings take turns within one process; the
-table holds medians, after one round that does not count.
+that a step costs half: the bundled model with its adapter, others as if one were fused. Speed does
+not depend on the weights: `sd15` is the full architecture of Stable Diffusion 1.5 with random ones,
+in bfloat16. The settings take turns within one process; the table holds medians, after one round
+that does not count.
 
 Legend
     seconds    for the whole call, words to a picture in memory
@@ -107,13 +108,15 @@ def once(
 ) -> tuple[float, float, float]:
     """Seconds of one call, of the decoder alone, and of the small decoder alone (0 without)."""
     steps, guidance, sampler = how
+    adapted = sampler == "lcm" and pipe.config._name_or_path == str(bundled.folder())
 
     def draw() -> None:
         pipe(
             sampling.PROMPTS[0],
             num_inference_steps=steps,
             guidance_scale=guidance,
-            sampler=sampler,
+            sampler=None if adapted else sampler,
+            lcm=adapted,
             height=side,
             width=side,
             seed=0,

@@ -52,3 +52,20 @@ def test_a_folder_takes_its_name_but_not_another_s(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full"]
     assert (tmp_path / "empty/inside/file").is_file()
     assert (tmp_path / "full/mine").is_file()
+
+
+def test_everything_is_on_the_disk_before_it_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every file is flushed while it still has the temporary name; then the folder of the name."""
+    flushed: list[tuple[str, bool]] = []
+    monkeypatch.setattr(
+        "ldm_pipeline.replacing.flush",
+        lambda path: flushed.append((path.name, (tmp_path / "out").exists())),
+    )
+    with replacing(tmp_path / "out") as temporary:
+        (temporary / "inside").mkdir(parents=True)
+        (temporary / "inside/one").touch()
+        (temporary / "two").touch()
+    assert sorted(flushed[:-1]) == [("one", False), ("two", False)]
+    assert flushed[-1] == (tmp_path.name, True)
