@@ -99,7 +99,7 @@ def told_rightly(
 ) -> float:
     """The share of descriptions whose two things are told to stand as their relation says."""
     embeds = read(encoder, tokenizer, [caption for _, caption in asked])
-    kinds, colours = (logits.softmax(1) for logits in head.head.told(head.heard(embeds)))
+    kinds, colours, *_ = (logits.softmax(1) for logits in head.head.told(head.heard(embeds)))
     places = torch.arange(FINE * SIDE).float()
     right = 0
     for (description, _), kind, colour in zip(asked, kinds, colours, strict=True):

@@ -1,13 +1,14 @@
 """How fast a LoRA is trained, ours against the usual way, on this machine. Run by hand:
 
-    python -m benchmarks.train_throughput [--model DIR | sd15] [--side 128] [--batch 4]
-                                          [--steps 8] [--rounds 3] [--bf16]
+    python -m benchmarks.train_throughput [--model DIR | sd15] [--side 128] [--batch 8]
+                                          [--steps 8] [--rounds 3] [--precision auto] [--compile]
 
 One model, one folder of pictures, one adapter's shape; each way in a process of its own, which take
 turns: only one computes at a time. *Usual* is `benchmarks/usual_lora.py`. *Ours* takes latents and
-embeddings from the caches; *ours uncached* pays for encoding too, as in a run's first pass. The
-table has the medians of the rounds. Speed does not depend on the weights: `sd15` is the full
-architecture of Stable Diffusion 1.5 with random ones.
+embeddings from the caches; *compiled* is the same with `run.compile`, which takes a minute once;
+in a *first pass* each picture and caption is encoded too, the autoencoder in float32. The table has
+the medians of the rounds. Speed does not depend on the weights: `sd15` is the full architecture of
+Stable Diffusion 1.5 with random ones.
 
 Legend
     images/s   of whole training steps: data, forward, backward, clipping, AdamW
@@ -25,7 +26,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -37,9 +37,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks import full_architecture
 from benchmarks.usual_lora import Step, steps_of
 from ldm_pipeline import load
+from ldm_pipeline.data.cache import ALONE
 from ldm_pipeline.data.world import write_folder
 from ldm_pipeline.lora.targets import ATTENTION
+from ldm_pipeline.models.conditioning import conditioning_of
+from ldm_pipeline.training.captioned import Captioned, cached_texts
 from ldm_pipeline.training.lora import LoraConfig, LoraObjective
+from ldm_pipeline.training.start import precision
 from ldm_pipeline.training.updates import Gradients, Guard, build_optimiser, leave_out
 
 PICTURES, RANK = 64, 8
@@ -59,7 +63,9 @@ def config_of(args: argparse.Namespace, folder: Path) -> LoraConfig:
     """A LoRA run over the folder."""
     return LoraConfig.model_validate(
         {
-            "run": {"out": folder / "run", "batch_size": args.batch},
+            "run": {
+                "out": folder / "run", "batch_size": args.batch, "mixed_precision": args.precision,
+            },
             "model": args.model,
             "data": {
                 "source": str(folder / "pictures"), "resolution": args.side, "fixed": True,
@@ -70,18 +76,13 @@ def config_of(args: argparse.Namespace, folder: Path) -> LoraConfig:
     )  # fmt: skip
 
 
-def ours(args: argparse.Namespace, folder: Path) -> Way:
+def ours(args: argparse.Namespace, folder: Path, *, quick: bool = False) -> Way:
     """A step of our trainer, and the seconds that a picture's encoding takes."""
-    began = 0.0
-
-    def open_model(source: str, dtype: torch.dtype) -> Any:
-        nonlocal began
-        pipe = opened(source, dtype)
-        began = time.perf_counter()
-        return pipe
-
-    objective = LoraObjective(config_of(args, folder), open_model)
-    encoding = (time.perf_counter() - began) / PICTURES
+    encoding = encoded(args, folder)
+    objective = LoraObjective(config_of(args, folder), opened)
+    half = precision(args.precision, "cpu") == "bf16"
+    if quick:
+        objective.compile_network()
     trained = dict(objective.adapter.parameters)
     settings = objective.config.optimiser
     gradients, guard = Gradients(trained), Guard(torch.device("cpu"))
@@ -91,7 +92,7 @@ def ours(args: argparse.Namespace, folder: Path) -> Way:
         samples = objective.batch(range(number * args.batch, (number + 1) * args.batch))
         yield "data"
         gradients.clear()
-        with torch.autocast("cpu", torch.bfloat16) if args.bf16 else nullcontext():
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
             losses = objective(samples)
         yield "forward"
         losses["loss"].backward()
@@ -102,10 +103,36 @@ def ours(args: argparse.Namespace, folder: Path) -> Way:
         optimiser.step()
         yield "update"
 
-    samples = objective.batch(range(args.batch))
+    flops = 0 if quick else flops_of(objective, args.batch)
+    return step, {"encoding": encoding, "flops": flops}
+
+
+def flops_of(objective: LoraObjective, batch: int) -> float:
+    """Floating-point operations of the UNet's forward and backward pass, for one picture."""
+    samples = objective.batch(range(batch))
     with FlopCounterMode(display=False) as counter:
         objective(samples)["loss"].backward()
-    return step, {"encoding": encoding, "flops": counter.get_total_flops() / args.batch}
+    return counter.get_total_flops() / batch
+
+
+def compiled(args: argparse.Namespace, folder: Path) -> Way:
+    """A step of our trainer with `run.compile`."""
+    step, known = ours(args, folder, quick=True)
+    began = time.perf_counter()
+    list(step(0))
+    return step, {**known, "compiling": time.perf_counter() - began}
+
+
+def encoded(args: argparse.Namespace, folder: Path) -> float:
+    """Seconds for a picture and its caption, into a cache of their own."""
+    config = config_of(args, folder)
+    settings = config.data.model_copy(update={"cache": folder / "another cache"})
+    pipe = opened(args.model, torch.float32)
+    data = Captioned(settings, config.run.seed, args.batch)
+    began = time.perf_counter()
+    data.latents(pipe.vae, ALONE)
+    cached_texts(data.texts(), data.cache, conditioning_of(pipe), ALONE)
+    return (time.perf_counter() - began) / PICTURES
 
 
 def usual(args: argparse.Namespace, folder: Path) -> Way:
@@ -113,7 +140,8 @@ def usual(args: argparse.Namespace, folder: Path) -> Way:
     pipe = opened(args.model, torch.float32)
     targets = list(ATTENTION)
     pictures = folder / "pictures"
-    return steps_of(pipe, pictures, targets, RANK, args.batch, args.side, args.bf16), {}
+    half = precision(args.precision, "cpu") == "bf16"
+    return steps_of(pipe, pictures, targets, RANK, args.batch, args.side, half), {}
 
 
 def serve(
@@ -156,22 +184,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", default="bundled", help="a folder, or sd15 (%(default)s)")
     parser.add_argument("--side", type=int, default=128, help="of the pictures (%(default)s)")
-    parser.add_argument("--batch", type=int, default=4, help="(%(default)s)")
+    parser.add_argument("--batch", type=int, default=8, help="(%(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="in a round (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
-    parser.add_argument("--bf16", action="store_true", help="both under autocast")
+    parser.add_argument(
+        "--precision",
+        default="auto",
+        choices=("auto", "no", "bf16"),
+        help="of all, as run.mixed_precision (%(default)s: bf16 where this processor has it)",
+    )
+    parser.add_argument("--compile", action="store_true", help="also ours, compiled")
     args = parser.parse_args()
     processes = get_context("spawn")
     lines: dict[str, Connection] = {}
     known: dict[str, float] = {}
-    rounds: dict[str, list[dict[str, float]]] = {"usual": [], "ours": []}
+    makes = {"usual": usual, "ours": ours} | ({"compiled": compiled} if args.compile else {})
+    rounds: dict[str, list[dict[str, float]]] = {name: [] for name in makes}
     with tempfile.TemporaryDirectory() as place:
         args.folder = Path(place)
         write_folder(args.folder / "pictures", PICTURES, 0, "train")
-        for name, make in (("usual", usual), ("ours", ours)):
+        for name, make in makes.items():
             lines[name], far = processes.Pipe()
             processes.Process(target=serve, args=(far, make, args), daemon=True).start()
-            known |= lines[name].recv()
+            known = lines[name].recv() | known
         for turn in range(args.rounds + 1):
             for name, line in lines.items():
                 line.send(range(turn * args.steps, (turn + 1) * args.steps))
@@ -181,12 +216,13 @@ def main() -> None:
         for line in lines.values():
             line.send(None)
         memory = {name: line.recv() for name, line in lines.items()}
-    floor = peak_rate(torch.bfloat16 if args.bf16 else torch.float32) / known["flops"]
-    precision = "bf16" if args.bf16 else "float32"
+    half = precision(args.precision, "cpu") == "bf16"
+    floor = peak_rate(torch.bfloat16 if half else torch.float32) / known["flops"]
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.model}")
     print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {args.model}, {precision}"
+        f"batch {args.batch}, pictures of {args.side} x {args.side}, "
+        f"{'bf16' if half else 'float32'}"
     )
-    print(f"{args.model}, batch {args.batch}, pictures of {args.side} x {args.side}")
     print(f"{'':>14} images/s  of floor " + " ".join(f"{s:>9}" for s in STAGES) + "      MiB")
     speeds = {}
     for name, each in rounds.items():
@@ -195,10 +231,12 @@ def main() -> None:
         stages = " ".join(f"{middle[stage]:9.4f}" for stage in STAGES)
         of_floor = speeds[name] / floor
         print(f"{name:>14} {speeds[name]:8.2f} {of_floor:8.1%}  {stages} {memory[name]:8.0f}")
-    speeds["ours uncached"] = 1 / (1 / speeds["ours"] + known["encoding"])
-    print(f"{'ours uncached':>14} {speeds['ours uncached']:8.2f}")
+    speeds["first pass"] = 1 / (1 / speeds["ours"] + known["encoding"])
+    print(f"{'first pass':>14} {speeds['first pass']:8.2f}")
     print(f"{'floor':>14} {floor:8.2f}")
-    for name in ("ours", "ours uncached"):
+    if args.compile:
+        print(f"compiling took {known['compiling']:.0f} s")
+    for name in (name for name in speeds if name != "usual"):
         print(f"{name} / usual: {speeds[name] / speeds['usual']:.2f}")
 
 

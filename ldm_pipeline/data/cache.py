@@ -44,6 +44,8 @@ MOST_ENTRIES = 1024
 """Entries of a shard; a shard is also closed after `MOST_SECONDS`, so that little is lost."""
 MOST_SECONDS = 60.0
 SUMS = "crc32"
+FORMAT = 2
+"""Of what is kept; a change of what is encoded, and how, takes the next number."""
 
 Entry = dict[str, Tensor]
 Encode = Callable[[Sequence[int]], Sequence[Entry | None]]
@@ -66,7 +68,7 @@ ALONE = Share()
 
 def key_of(weights: Mapping[str, Tensor], *facts: object) -> str:
     """A hash of the encoder's weights and of whatever else decides its answers."""
-    digest = hashlib.sha256(repr(facts).encode())
+    digest = hashlib.sha256(repr((FORMAT, *facts)).encode())
     for name in sorted(weights):
         digest.update(name.encode())
         digest.update(weights[name].detach().cpu().float().contiguous().numpy().tobytes())

@@ -30,8 +30,7 @@ from ldm_pipeline.data.cache import Cache, Share, key_of
 from ldm_pipeline.diffusion.schedule import Schedule
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.grid import captioned_grid
-from ldm_pipeline.lora import files
-from ldm_pipeline.lora.inject import Adapter, inject, without_input_casts
+from ldm_pipeline.lora.inject import inject, without_input_casts
 from ldm_pipeline.models.conditioning import conditioning_of
 from ldm_pipeline.processes.ranks import Ranks, launched
 from ldm_pipeline.training.adapter_config import AdapterConfig
@@ -40,7 +39,7 @@ from ldm_pipeline.training.lora_card import PICTURES, model_card
 from ldm_pipeline.training.lora_export import check_formats, family_of_unet, write_formats
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.sharding import sharding
-from ldm_pipeline.training.start import attend_quickly, precision
+from ldm_pipeline.training.start import attend_quickly, compiled, precision, take_adapter
 from ldm_pipeline.training.too_large import in_memory
 
 BANDS = 4
@@ -152,6 +151,7 @@ class AdapterObjective(nn.Module, ABC):
                 self.add_module(name, encoder)
             else:
                 encoder.requires_grad_(False)
+        self._quick: list[Any] = []  # the compiled call; in a list, as it is no part of its own
         self._pipe = pipe if config.pictures.prompts else None
         self._base: list[Image] = []
         self._drawn_last: tuple[str, list[Image]] = ("", [])
@@ -163,7 +163,7 @@ class AdapterObjective(nn.Module, ABC):
         unread = self.conditioning.unread
         self.adapter = inject(models, config.lora.settings(), seed=config.run.seed, unread=unread)
         if config.begin_from is not None:
-            _begin_from(self.adapter, config.begin_from)
+            take_adapter(self.adapter, config.begin_from)
         self.family = family_of_unet(self.unet.config, self.kind)
         check_formats(config, self.adapter.weights(), self.family, self.unet.config)
 
@@ -200,6 +200,19 @@ class AdapterObjective(nn.Module, ABC):
         """The sums over a group of what is minimised, `loss`, and of what else is logged."""
         errors = self._errors(group)
         return {"loss": (group["weight"].to(errors.dtype) * errors).sum()}
+
+    def compile_network(self) -> None:
+        """Compile the UNet where it has gradients. What is called without, for a teacher, a
+        validation or a picture, is called too seldom or in too many shapes."""
+        self._quick = [compiled(self._learner())]
+
+    def _learner(self) -> Any:
+        """The UNet that learns."""
+        return self.unet
+
+    def _called(self) -> Any:
+        """The UNet that learns, as it is called now."""
+        return self._quick[0] if self._quick and torch.is_grad_enabled() else self._learner()
 
     @property
     def shared(self) -> nn.Module:
@@ -420,25 +433,3 @@ def _levels_of(pipe: Any, zero_terminal: bool) -> tuple[str, Schedule]:
             "noise, and a network that predicts the noise learns nothing there"
         )
     return kind, schedule.zero_terminal_snr() if zero_terminal else schedule
-
-
-@torch.no_grad()
-def _begin_from(adapter: Adapter, place: Path) -> None:
-    """Start from the values in a LoRA file; raises UserError where it is one of another shape."""
-    parameters, loaded = adapter.parameters, files.load(place)
-    found = loaded.tensors
-    shapes = {name: tuple(value.shape) for name, value in found.items()}
-    wanted = {name: tuple(value.shape) for name, value in parameters.items()}
-    if shapes != wanted:
-        odd = sorted(shapes.items() ^ wanted.items())
-        raise UserError(
-            f"begin_from: {place} is an adapter of another shape than lora.* asks for "
-            f"({len(odd)} differences, as {odd[0][0]})"
-        )
-    if dict(loaded.layouts) != dict(adapter.layouts):
-        raise UserError(
-            f"begin_from: {place} has another alpha, dora or rslora than lora.* asks for; the same "
-            "numbers would count for more or less"
-        )
-    for name, parameter in parameters.items():
-        parameter.copy_(found[name])

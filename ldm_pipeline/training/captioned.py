@@ -48,9 +48,6 @@ from ldm_pipeline.training.config import (
 
 log = logging.getLogger(__name__)
 
-FORMAT = 1
-"""Of the caches; a change of what is encoded, and how, takes the next number."""
-
 
 class CaptionSettings(Settings):
     """How captions are varied; see `data.wording`."""
@@ -280,13 +277,14 @@ def cached_latents(data: Captioned, vae: AutoencoderKL, share: Share) -> Cache:
     what it then says must not be kept), and where processes would train on different samples.
     """
     samples = sorted(data.every(), key=lambda sample: sample.transform.bucket)
-    key = key_of(autoencoder.encoder_weights(vae), FORMAT, _plain(vae.config), str(vae.dtype))
+    key = key_of(autoencoder.encoder_weights(vae), _plain(vae.config), str(vae.dtype))
     cache = Cache(data.settings.cache / "latents" / key)
 
     def encode(indices: Sequence[int]) -> list[Entry | None]:
         return [_encoded(samples[i], vae, data.settings.strict) for i in indices]
 
-    fill(cache, [sample.key for sample in samples], encode, share, batch_size=1)
+    with autoencoder.channels_last(vae):
+        fill(cache, [sample.key for sample in samples], encode, share, batch_size=1)
     data.leave_out({sample.key for sample in samples if sample.key not in cache})
     used = repr([(sample.key, sample.item.captions) for sample in data.every()])
     if len(set(share.told(hashlib.sha256(used.encode()).hexdigest()))) > 1:
@@ -339,7 +337,7 @@ def cached_texts(
         for component, encoder in encoders.items()
         for name, value in encoder.state_dict().items()
     }
-    key = key_of(weights, FORMAT, rules, made, conditioning.silent_is_zero)
+    key = key_of(weights, rules, made, conditioning.silent_is_zero)
     cache = Cache(folder / "texts" / key)
 
     @torch.no_grad()

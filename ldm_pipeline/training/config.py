@@ -118,7 +118,10 @@ class RunSettings(Settings):
     mixed_precision: Precision = Field(
         default="auto", description="auto: bf16 where the hardware has it, else float32"
     )
-    compile: bool = Field(default=False, description="torch.compile it; pays on long runs")
+    compile: bool = Field(
+        default=False,
+        description="torch.compile it, anew for each size of pictures; pays on long runs",
+    )
     workers: NonNegative = Field(default=1, description="processes that prepare batches")
     log_every: Positive = 50
     validate_every: Positive = 1000

@@ -35,7 +35,7 @@ from ldm_pipeline.processes.ranks import Ranks, launched
 from ldm_pipeline.training import checkpoint
 from ldm_pipeline.training.clock import Clock
 from ldm_pipeline.training.config import TrainingConfig, write_yaml
-from ldm_pipeline.training.objective import Batch, Drawing, Objective, named
+from ldm_pipeline.training.objective import Batch, Compiling, Drawing, Objective, named
 from ldm_pipeline.training.resuming import (
     FILE_NAME,
     check_resume,
@@ -133,12 +133,19 @@ class _Run:
         self.optimiser.train()
         self.average = moving_average(objective, self.trained, config.optimiser.ema_decay)
         self.checkpoints = run.out / checkpoint.FOLDER
-        self.forward = compiled(self.module) if run.compile else self.module
+        self.forward = self._compiled() if run.compile else self.module
         self.accumulation, self.best = run.accumulation, math.inf
         self.done = self.logged = self._resume()
         if len(set(self.ranks.told(str(self.done)))) > 1:
             raise UserError(f"processes see different checkpoints in {run.out}; share that folder")
         self._by_the_first(self._begin)
+
+    def _compiled(self) -> Any:
+        """What computes the losses: the objective, compiled as a whole or as it knows best."""
+        if not isinstance(self.objective, Compiling):
+            return compiled(self.module)
+        self.objective.compile_network()
+        return self.module
 
     # -- the loop ----------------------------------------------------------------------------
 

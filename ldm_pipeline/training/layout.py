@@ -14,7 +14,8 @@ which is which. A second head reads the layout from the text embeddings, with no
 Legend
     feats    features of the finest grid, [B, C, h, w], before the last block of the UNet
     embeds   text embeddings, [B, L, C]
-    labels   kinds and colours, [B, 2, FINE h, FINE w]: 0 is the background, then their numbers
+    labels   kinds, colours, styles and paints, [B, 4, FINE h, FINE w]: 0 is the background, then
+             their numbers
 """
 
 from __future__ import annotations
@@ -25,41 +26,40 @@ import torch.nn.functional as F
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from ldm_pipeline.data.world import COLOURS, KINDS, Scene, masks
+from ldm_pipeline.data.world import COLOURS, KINDS, ROLES, STYLES, Scene, roles_at
 
-FINE = 2
+FINE = 4
 """Labels along each side of a place of the latents, which is 8 x 8 pixels."""
 
-CLASSES = (1 + len(KINDS), 1 + len(COLOURS))
+CLASSES = (1 + len(KINDS), 1 + len(COLOURS), 1 + len(STYLES), 1 + len(ROLES))
 BACKGROUND_WEIGHT = 0.2
 
 
 class LayoutHead(nn.Module):
-    """Names kind and colour at FINE x FINE points of each place."""
+    """Names what is at FINE x FINE points of each place."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.norm = nn.GroupNorm(1, channels)
         self.names = nn.Conv2d(channels, FINE * FINE * sum(CLASSES), kernel_size=1)
 
-    def told(self, feats: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits of kinds and of colours, [B, classes, FINE h, FINE w] in float32."""
+    def told(self, feats: Tensor) -> tuple[Tensor, ...]:
+        """The logits of kinds, colours, styles and paints, [B, classes, FINE h, FINE w] in
+        float32."""
         told = F.pixel_shuffle(self.names(self.norm(feats)), FINE).float()
-        kinds, colours = told.split(CLASSES, dim=1)
-        return kinds, colours
+        return told.split(CLASSES, dim=1)
 
     def forward(self, feats: Tensor, labels: Tensor) -> Tensor:
-        """The mean cross-entropy of kinds and of colours, a scalar; things weigh more."""
-        kinds, colours = self.told(feats)
+        """The sum of the mean cross-entropies, a scalar; things weigh more than background."""
         losses = [
-            F.cross_entropy(kinds, labels[:, 0].long(), weight=_weights(kinds)),
-            F.cross_entropy(colours, labels[:, 1].long(), weight=_weights(colours)),
+            F.cross_entropy(logits, labels[:, i].long(), weight=_weights(logits))
+            for i, logits in enumerate(self.told(feats))
         ]
         return sum(losses[1:], losses[0])
 
 
 class WordsHead(nn.Module):
-    """Names kind and colour at FINE x FINE points of each place of a coarse grid, from words.
+    """Names what is at FINE x FINE points of each place of a coarse grid, from words.
 
     A vector for each place asks the embeddings, as the UNet's cross-attention does.
     """
@@ -89,13 +89,16 @@ class WordsHead(nn.Module):
 
 
 def labels_of(scene: Scene, side: int) -> np.ndarray:
-    """Kind and colour at each of side x side points of a scene, uint8 [2, side, side]."""
-    labels = np.zeros((2, side, side), dtype=np.uint8)
-    for thing, mask in zip(scene.things, masks(scene), strict=True):
-        step = mask.shape[0] // side
-        inside = mask[step // 2 :: step, step // 2 :: step]
-        labels[0][inside] = 1 + KINDS.index(thing.kind)
-        labels[1][inside] = 1 + tuple(COLOURS).index(thing.colour)
+    """What is at the middles of side x side squares of a scene, uint8 [4, side, side]."""
+    labels = np.zeros((len(CLASSES), side, side), dtype=np.uint8)
+    for thing in scene.things:
+        roles = roles_at(thing, side)
+        kind, colour = KINDS.index(thing.kind), tuple(COLOURS).index(thing.colour)
+        numbers = (kind, colour, STYLES.index(thing.style))
+        here = roles > 0
+        for name, number in zip(labels, numbers, strict=False):
+            name[here] = 1 + number
+        labels[-1][here] = roles[here]
     return labels
 
 

@@ -178,13 +178,9 @@ class LcmObjective(AdapterObjective):
             return self._student(told)(x_s, told["s"])
 
     def _student(self, told: Mapping[str, Tensor]) -> ConsistencyFunction:
-        network = self.conditioning.network(self._student_unet(), told)
+        network = self.conditioning.network(self._called(), told)
         denoiser = make_denoiser(network, self.schedule, self.kind)
         return consistency_function(denoiser, self.config.lcm.timestep_scaling)
-
-    def _student_unet(self) -> Any:
-        """The UNet that learns."""
-        return self.unet
 
     def _target_weights(self) -> AbstractContextManager[None]:
         return nullcontext() if self._average is None else self._average.in_place()

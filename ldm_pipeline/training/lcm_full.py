@@ -56,7 +56,7 @@ class FullLcmObjective(LcmObjective):
     def _untrained(self) -> AbstractContextManager[None]:
         return nullcontext()  # the teacher is a UNet of its own
 
-    def _student_unet(self) -> UNet2DConditionModel:
+    def _learner(self) -> UNet2DConditionModel:
         return self.student
 
     def _under_autocast(self) -> AbstractContextManager[Any]:

@@ -93,7 +93,7 @@ class LoraObjective(AdapterObjective):
     def _errors(self, group: dict[str, Tensor]) -> Tensor:
         """The plain penalty of each sample of a group, [n]."""
         return denoising_errors(
-            self.conditioning.network(self.unet, self._encoded(group)),
+            self.conditioning.network(self._called(), self._encoded(group)),
             self.schedule,
             self.kind,
             group["z"],

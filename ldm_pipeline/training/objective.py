@@ -73,6 +73,15 @@ class Sharing(Protocol):
 
 
 @runtime_checkable
+class Compiling(Protocol):
+    """An objective that itself knows which of its calls are worth compiling."""
+
+    def compile_network(self) -> None:
+        """Compile the network where it learns."""
+        ...
+
+
+@runtime_checkable
 class Averaging(Protocol):
     """An objective that looks at the moving average of its weights while it trains."""
 

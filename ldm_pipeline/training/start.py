@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.training.objective import Batch
+from ldm_pipeline.lora import files
+from ldm_pipeline.lora.inject import Adapter
 
 SMALL_GRID = 32
 """Places along each side; of 64 the matrix takes 268 MB in each attention of Stable Diffusion."""
@@ -44,6 +45,29 @@ def take_weights(module: nn.Module, folder: Path, setting: str = "begin_from") -
         raise UserError(f"{setting}: {files[0]} is a model of another shape ({why})") from error
 
 
+@torch.no_grad()
+def take_adapter(adapter: Adapter, place: Path) -> None:
+    """Put the values in a LoRA file into `adapter`; raises UserError where it is one of another
+    shape."""
+    parameters, loaded = adapter.parameters, files.load(place)
+    found = loaded.tensors
+    shapes = {name: tuple(value.shape) for name, value in found.items()}
+    wanted = {name: tuple(value.shape) for name, value in parameters.items()}
+    if shapes != wanted:
+        odd = sorted(shapes.items() ^ wanted.items())
+        raise UserError(
+            f"begin_from: {place} is an adapter of another shape than lora.* asks for "
+            f"({len(odd)} differences, as {odd[0][0]})"
+        )
+    if dict(loaded.layouts) != dict(adapter.layouts):
+        raise UserError(
+            f"begin_from: {place} has another alpha, dora or rslora than lora.* asks for; the same "
+            "numbers would count for more or less"
+        )
+    for name, parameter in parameters.items():
+        parameter.copy_(found[name])
+
+
 def precision(asked: str, device: str) -> str:
     """What `mixed_precision` comes to on this machine: "no", "bf16" or "fp16".
 
@@ -71,13 +95,11 @@ def attend_quickly(unet: UNet2DConditionModel, precision: str, device: str) -> N
         unet.set_attn_processor(AttnProcessor())
 
 
-def compiled(module: nn.Module) -> Callable[[Batch], dict[str, Tensor]]:
-    """`module`, compiled at its first call.
+def compiled(module: nn.Module) -> Any:
+    """What calls `module`, compiled at its first call, and anew for inputs of other shapes.
 
     Layouts stay as they are: where the compiler of torch 2.13 changes them on a CPU, the gradient
     of a nearest-neighbour upsampling before a convolution is lost, and a UNet trains at its finest
     level alone, without a word.
     """
-    forward: Callable[[Batch], dict[str, Tensor]]
-    forward = torch.compile(module, options={"layout_optimization": False})
-    return forward
+    return torch.compile(module, dynamic=False, options={"layout_optimization": False})

@@ -98,5 +98,6 @@ def cached_latents(
 
     facts = vae.config.scaling_factor, precision, "world", settings.seed
     cache = Cache(settings.cache / key_of(autoencoder.encoder_weights(vae), *facts))
-    fill(cache, [key_at(index, world.split) for world, index in places], encode, share)
+    with autoencoder.channels_last(vae):
+        fill(cache, [key_at(index, world.split) for world, index in places], encode, share)
     return cache

@@ -242,7 +242,7 @@ def run(seen: str) -> Look:
             if "process" in told[0]:
                 found["own"] += int(told[0]["process"] == os.getpid())
 
-        def compiled(module: nn.Module, *, options: dict[str, bool]) -> nn.Module:
+        def compiled(module: nn.Module, **how: Any) -> nn.Module:
             found["compiled"] += 1
             return module
 

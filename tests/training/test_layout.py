@@ -7,28 +7,65 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
-from ldm_pipeline.data.world import COLOURS, KINDS, World
+from ldm_pipeline.data.world import COLOURS, KINDS, ROLES, STYLES, World, roles_at
+from ldm_pipeline.data.world.scene import tones
+from ldm_pipeline.data.world.shapes import contour_colour, paint, paint_on
 from ldm_pipeline.training.layout import CLASSES, FINE, LayoutHead, Listener, WordsHead, labels_of
 
 
 def test_labels_are_what_covers_each_point() -> None:
-    """The label of a point is the thing over its middle, and every thing has its area, as nearly as
-    32 x 32 points can tell it."""
+    """The label of a point is the thing over its middle, up to the pixels along the thing's edge;
+    every thing has its area, as nearly as 64 x 64 points can tell it."""
     seen = 0
     for index in range(40):
         sample = World(3)[index]
-        labels = labels_of(sample.scene, 32)
-        assert labels.shape == (2, 32, 32)
-        background = np.ones((32, 32), dtype=bool)
+        labels = labels_of(sample.scene, 64)
+        assert labels.shape == (4, 64, 64)
+        background = np.ones((64, 64), dtype=bool)
         for thing, mask in zip(sample.scene.things, sample.masks, strict=True):
-            here = mask[2::4, 2::4]
-            assert (labels[0][here] == 1 + KINDS.index(thing.kind)).all()
-            assert (labels[1][here] == 1 + tuple(COLOURS).index(thing.colour)).all()
-            assert abs(here.mean() - mask.mean()) < 0.03
-            background &= ~here
+            whole = mask.reshape(64, 2, 64, 2)
+            inside, near = whole.all((1, 3)), whole.any((1, 3))
+            numbers = KINDS.index(thing.kind), tuple(COLOURS).index(thing.colour)
+            for name, number in zip(labels, (*numbers, STYLES.index(thing.style)), strict=False):
+                assert (name[inside] == 1 + number).mean() > 0.98
+                assert set(np.unique(name[near])) <= {0, 1 + number}
+            shown = near & (labels[0] > 0)
+            assert abs(shown.mean() - mask.mean()) < 0.01
+            assert ((labels[3] > 0) == (labels[0] > 0)).all()
+            background &= ~near
             seen += 1
         assert (labels[:, background] == 0).all()
     assert seen > 40
+
+
+def test_paints_are_those_of_the_picture() -> None:
+    """Where a label names a role, the picture has the colour that the role has on this thing; only
+    an outlined thing has a contour."""
+    contours = dict.fromkeys(STYLES, 0)
+    right = points = 0
+    for index in range(40):
+        sample = World(3)[index]
+        roles = labels_of(sample.scene, 64)[3]
+        around = tones(sample.scene.background)
+        for thing in sample.scene.things:
+            here = roles_at(thing, 64)
+            assert (roles[here > 0] == here[here > 0]).all()
+            contours[thing.style] += int((here == 1 + ROLES.index("contour")).sum())
+            for number in np.unique(here[here > 0]):
+                role = ROLES[number - 1]
+                if role == "contour":
+                    paints = [contour_colour(thing.colour, around)]
+                else:
+                    paints = [paint(role, thing.colour), paint_on(role, thing.colour, around)]
+                rows, columns = np.nonzero(here == number)
+                # the middle of a square of 2 x 2 pixels is a corner of all four
+                pixels = sample.picture[2 * rows + 1, 2 * columns + 1].astype(int)
+                away = [np.abs(pixels - paint).sum(1) for paint in np.array(paints)]
+                right += int((np.min(away, axis=0) < 60).sum())
+                points += len(pixels)
+    assert contours["flat"] == 0
+    assert contours["outlined"] > 100
+    assert right > 0.85 * points
 
 
 def taught(

@@ -9,7 +9,7 @@ from ldm_pipeline.data.world.captions import (
     held_out_caption,
     phrase,
 )
-from ldm_pipeline.data.world.render import masks, render
+from ldm_pipeline.data.world.render import masks, render, roles_at
 from ldm_pipeline.data.world.scene import (
     COLOURS,
     HELD_OUT_PAIRS,
@@ -25,11 +25,12 @@ from ldm_pipeline.data.world.scene import (
     held_out_pair,
     sample_scene,
 )
+from ldm_pipeline.data.world.shapes import ROLES
 from ldm_pipeline.data.world.world import SPLITS, Sample, World, caption_of, write_folder
 
 __all__ = [
-    "COLOURS", "HELD_OUT_PAIRS", "KINDS", "PATTERNS", "PLACES", "RELATIONS", "SIZES", "SPLITS",
-    "STYLES", "VOCABULARY", "Background", "Description", "Mention", "Sample", "Scene", "Thing",
-    "World", "caption_of", "describe", "hard_negatives", "held_out_caption", "held_out_pair",
-    "masks", "phrase", "render", "sample_scene", "write_folder",
+    "COLOURS", "HELD_OUT_PAIRS", "KINDS", "PATTERNS", "PLACES", "RELATIONS", "ROLES", "SIZES",
+    "SPLITS", "STYLES", "VOCABULARY", "Background", "Description", "Mention", "Sample", "Scene",
+    "Thing", "World", "caption_of", "describe", "hard_negatives", "held_out_caption",
+    "held_out_pair", "masks", "phrase", "render", "roles_at", "sample_scene", "write_folder",
 ]  # fmt: skip

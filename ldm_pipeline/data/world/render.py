@@ -14,6 +14,8 @@ from PIL import Image, ImageDraw
 
 from ldm_pipeline.data.world.scene import CANVAS, Background, Scene, Thing, sunset, tones
 from ldm_pipeline.data.world.shapes import (
+    CONTOUR,
+    ROLES,
     Part,
     Tones,
     contour_colour,
@@ -48,6 +50,26 @@ def masks(scene: Scene) -> np.ndarray:
         draw_parts(ImageDraw.Draw(stencil), thing, left, top, _outside)
         out[i, top:bottom, left:right] = np.asarray(stencil.reduce(FINE)) >= 128
     return out
+
+
+def roles_at(thing: Thing, side: int) -> np.ndarray:
+    """What a thing shows at the middles of side x side squares of the canvas, uint8 [side, side]:
+    0 where it is not, else 1 + the number of the paint's role in `ROLES`."""
+    left, top, right, bottom = _crop_box(thing)
+    stencil = Image.new("L", ((right - left) * FINE, (bottom - top) * FINE), 0)
+    draw_parts(ImageDraw.Draw(stencil), thing, left, top, lambda part: 1 + ROLES.index(_role(part)))
+    middles = (np.arange(side) + 0.5) * CANVAS / side
+    columns = np.nonzero((middles >= left) & (middles < right))[0]
+    rows = np.nonzero((middles >= top) & (middles < bottom))[0]
+    x = ((middles[columns] - left) * FINE).astype(int)
+    y = ((middles[rows] - top) * FINE).astype(int)
+    out = np.zeros((side, side), dtype=np.uint8)
+    out[np.ix_(rows, columns)] = np.asarray(stencil)[np.ix_(y, x)]
+    return out
+
+
+def _role(part: Part | None) -> str:
+    return CONTOUR if part is None else part.paint
 
 
 @cache

@@ -226,6 +226,11 @@ SHAPES = _make()
 """The parts of each kind, as they are told: neither centred nor scaled yet, see `shape`."""
 
 
+CONTOUR = "contour"
+ROLES = (CONTOUR, *sorted({part.paint for parts in SHAPES.values() for part in parts}))
+"""What a point of a thing can be painted with: its contour, or one of its parts' paints."""
+
+
 @cache
 def shape(kind: str, tilt: float = 0.0) -> tuple[Part, ...]:
     """The parts of a kind, turned by `tilt` degrees clockwise, scaled so that the upright box of
