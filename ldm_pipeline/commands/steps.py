@@ -15,12 +15,16 @@ from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.notes import NO_ADAPTER, read_note
 from ldm_pipeline.lora.published import fetched, lcm_lora
 from ldm_pipeline.models.bundled import few_step_adapter
-from ldm_pipeline.request import ETA_SAMPLERS, LCM_GUIDANCE, LCM_STEPS
+from ldm_pipeline.request import ETA_SAMPLERS, GUIDANCE, LCM_GUIDANCE, LCM_STEPS
+from ldm_pipeline.request_xl import XL_GUIDANCE
 
 STEPS = 25
 """Denoising steps, unless --steps or --lcm says otherwise."""
-GUIDANCE = 4.0
-"""How strongly pictures follow the words, unless --guidance or --lcm says otherwise."""
+BUNDLED_GUIDANCE = 3.0
+"""How strongly the bundled model's pictures follow the words, unless --guidance or --lcm says
+otherwise; others take what stock pipelines of their family do."""
+XL_WIDTHS = (2048, 1280)
+"""What the UNets of SDXL and of its refiner read of each token."""
 
 
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +34,8 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--guidance",
         type=float,
-        help=f"how strongly to follow the words ({GUIDANCE}; {LCM_GUIDANCE} with --lcm)",
+        help=f"how strongly to follow the words ({BUNDLED_GUIDANCE} with the bundled model, else"
+        f" {GUIDANCE}, SDXL {XL_GUIDANCE}; {LCM_GUIDANCE} with --lcm)",
     )
     add(
         "--lcm",
@@ -50,8 +55,17 @@ def settle_steps(args: argparse.Namespace) -> None:
     if args.steps is None:
         args.steps = LCM_STEPS if args.lcm else STEPS
     if args.guidance is None:
-        told = args.lcm is True and _hears(unet_config(find(args.model)) or {})
-        args.guidance = LCM_GUIDANCE if args.lcm and not told else GUIDANCE
+        source = find(args.model)
+        config = unet_config(source) or {}
+        heard = args.lcm is True and _hears(config)
+        args.guidance = LCM_GUIDANCE if args.lcm and not heard else _usual_guidance(source, config)
+
+
+def _usual_guidance(source: Source, config: dict[str, Any]) -> float:
+    """The guidance of a model that nobody names one for."""
+    if source.bundled:
+        return BUNDLED_GUIDANCE
+    return XL_GUIDANCE if config.get("cross_attention_dim") in XL_WIDTHS else GUIDANCE
 
 
 def check_eta(eta: float | None, sampler: str | None, lcm: bool | str) -> None:
