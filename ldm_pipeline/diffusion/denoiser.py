@@ -57,25 +57,19 @@ def levels(t: float | Tensor, like: Tensor) -> Tensor:
 class Guidance:
     """How strongly the prompt pulls.
 
-    scale     1 is no guidance; 7.5 is usual. The answer is uncond + scale (cond - uncond).
-    rescale   0 … 1: how much of the answer's contrast is set back to that of the prompted answer
-              (2305.08891, section 3.4)
-    interval  (low, high): the levels t within which guidance applies, ends included (2404.07724);
-              outside the prompted answer stands alone
+    scale    1 is no guidance; 7.5 is usual. The answer is uncond + scale (cond - uncond).
+    rescale  0 … 1: how much of the answer's contrast is set back to that of the prompted answer
+             (2305.08891, section 3.4)
     """
 
     scale: float = 1.0
     rescale: float = 0.0
-    interval: tuple[float, float] = (-math.inf, math.inf)
 
     def __post_init__(self) -> None:
         if not math.isfinite(self.scale):
             raise UserError(f"guidance_scale must be a finite number, not {self.scale}")
         if not 0 <= self.rescale <= 1:
             raise UserError(f"guidance_rescale must lie between 0 and 1, not {self.rescale}")
-        low, high = self.interval
-        if not low <= high:
-            raise UserError(f"the guidance interval must rise, not go from {low} to {high}")
 
     def combine(self, uncond: Tensor, cond: Tensor) -> Tensor:
         """The guided answer [B, C, h, w] from the two halves; scale 1 gives `cond` itself.
@@ -91,10 +85,6 @@ class Guidance:
         contrast = cond.std(dim=axes, keepdim=True) / answer.std(dim=axes, keepdim=True)
         return self.rescale * (answer * contrast) + (1 - self.rescale) * answer
 
-    def applies(self, t: float) -> bool:
-        """Whether level t lies inside the interval."""
-        return self.interval[0] <= t <= self.interval[1]
-
 
 def guided(
     pair: Network, guidance: Guidance | Callable[[], Guidance], alone: Network | None = None
@@ -104,18 +94,15 @@ def guided(
     `pair` answers for [x; x] with the conditioning [unconditional; prompted], both 2B. `guidance`
     may be a callable, read once in every call, so that a caller can change it during a run.
     `alone` answers for x with the prompt only: where it is given it saves half the work whenever
-    the scale is 1 or the level lies outside the interval. A bounded interval is compared with the
-    level of the first image, which waits for the device.
+    the scale is 1.
     """
     read = guidance if callable(guidance) else lambda: guidance
 
     def network(x: Tensor, t: Tensor) -> Tensor:
         now = read()
-        bounded = now.interval != (-math.inf, math.inf)
-        inside = not bounded or now.applies(float(t.reshape(-1)[0]))
-        if alone is not None and (now.scale == 1 or not inside):
+        if alone is not None and now.scale == 1:
             return alone(x, t)
         uncond, cond = pair(torch.cat([x, x]), torch.cat([t, t])).chunk(2)
-        return now.combine(uncond, cond) if inside else cond
+        return now.combine(uncond, cond)
 
     return network
