@@ -161,7 +161,7 @@ class LatentDiffusionPipeline(
         guidance_rescale: float = 0.0,
         clip_skip: int | None = None,
         callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         sampler: str | None = None,
         seed: int | Sequence[int] | None = None,
         guidance_interval: tuple[float, float] = (0.0, 1.0),

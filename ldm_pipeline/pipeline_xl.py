@@ -157,7 +157,7 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
         negative_target_size: Pair | None = None,
         clip_skip: int | None = None,
         callback_on_step_end: Callback | PipelineCallback | MultiPipelineCallbacks | None = None,
-        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
+        callback_on_step_end_tensor_inputs: Sequence[str] | None = ("latents",),
         denoising_start: float | None = None,
         aesthetic_score: float = 6.0,
         negative_aesthetic_score: float = 2.5,

@@ -104,10 +104,13 @@ class Run:
         return (self.cross_attention_kwargs or {}).get("scale")
 
 
-def tensors_for(callback: Any, names: Sequence[str]) -> Sequence[str]:
-    """The tensors that a callback is handed: `names`, or those that one of diffusers' own wants."""
+def tensors_for(callback: Any, names: Sequence[str] | None) -> Sequence[str]:
+    """The tensors that a callback is handed: `names`, or those that one of diffusers' own wants.
+
+    None are no names, as stock pipelines take it where there is no callback.
+    """
     own = isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
-    return callback.tensor_inputs if own else names
+    return callback.tensor_inputs if own else names if names is not None else ()
 
 
 def halves(negative: Tensor | None, prompted: Tensor) -> Tensor:

@@ -139,6 +139,22 @@ def test_callbacks_of_four_threads_see_their_own_runs(ours: Any) -> None:
         assert torch.equal(a, b)
 
 
+def test_no_names_of_tensors_are_none_for_the_callback(ours: Any) -> None:
+    """As stock pipelines take None; a callback is then handed an empty dictionary."""
+    handed: list[dict[str, Any]] = []
+
+    def callback(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        handed.append(dict(tensors))
+        return {}
+
+    plain = draw(ours, "a fish", seed=1)
+    for watching in (None, callback):
+        told = {"callback_on_step_end": watching, "callback_on_step_end_tensor_inputs": None}
+        assert torch.equal(draw(ours, "a fish", seed=1, **told), plain)
+    assert handed
+    assert not any(handed)
+
+
 def test_guidance_interval(ours: Any) -> None:
     """Guidance acts within its part of the run and nowhere else."""
     plain = draw(ours, "a red star", seed=1, guidance_scale=1.0)
