@@ -107,9 +107,8 @@ def test_names_tell_contents_and_seeds_and_nothing_else(tmp_path: Path) -> None:
     ]  # fmt: skip
     write_lines(file, [{"prompt": "x"}, *({"prompt": "x", **change} for change in changed)])
     told = [name(order) for order in orders(str(file))]
-    told += [
-        name(orders(str(file), *flags)[0]) for flags in (["--plain"], ["--model", "elsewhere"])
-    ]
+    elsewhere = ["--model", "elsewhere", "--guidance", "3"]  # else it is asked for its usual one
+    told += [name(orders(str(file), *flags)[0]) for flags in (["--plain"], elsewhere)]
     told += [name(orders(str(file))[0], dtype="bfloat16")]
     assert len(set(told)) == len(changed) + 4
     assert name(orders(str(file), "--n", "3")[0]) == told[0]
