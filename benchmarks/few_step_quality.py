@@ -9,7 +9,8 @@ two late checkpoints, each gets its rows.
 Legend
     right      everything that the words say, by the judge, with its 95 % interval
     of 50      that share, as a part of the teacher's at 50 steps
-    distance   mean squared difference of latents from the teacher's at 50 steps of DDIM
+    distance   mean squared difference of latents from the teacher's at 50 steps of DDIM; an adapter
+               is drawn with fresh noise in each step, and so ends elsewhere
     spread     mean variance of latents over 8 seeds of one prompt, as a part of the teacher's at 50
 """
 

@@ -42,6 +42,6 @@ def test_of_a_folder_they_are_its_familys(
 
 
 def test_of_the_bundled_model_they_are_its_own() -> None:
-    """Its measured best."""
+    """Weaker than others'; fewer steps with its adapter."""
     assert settled("bundled") == (25, 3.0)
     assert settled("bundled", lcm=True) == (4, 1.0)
