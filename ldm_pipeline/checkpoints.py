@@ -24,8 +24,8 @@ from ldm_pipeline.pipeline_xl import LatentDiffusionXLPipeline
 def load(
     source: str | os.PathLike[str] = "bundled",
     *,
-    dtype: torch.dtype | None = None,
-    torch_dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
+    torch_dtype: torch.dtype | str | None = None,
     variant: str | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -37,13 +37,13 @@ def load(
 ) -> LatentDiffusionPipeline:
     """The pipeline for the model that `source` names: Stable Diffusion 1.x, 2.x or SDXL.
 
-    `dtype` (`torch_dtype` is its older name) is float32 unless given. `variant`, `revision`,
-    `cache_dir`, `token` and `local_files_only` are for folders and the hub, as they are in
-    `from_pretrained`; HF_HUB_OFFLINE is honoured. `prediction_type` and `tokenizer` are for single
-    files: what the UNet predicts ("epsilon" or "v_prediction"), and a folder with CLIP's
-    vocabulary, where the file and this machine do not tell. `decoder` is the folder of a small
-    autoencoder (`AutoencoderTiny`) to take in place of the model's own; "small" is the one of the
-    bundled model. Raises `UserError`, one line, for what cannot be opened, or not safely.
+    `dtype` (`torch_dtype` is its older name), torch's or its name, is float32 unless given.
+    `variant`, `revision`, `cache_dir`, `token` and `local_files_only` are for folders and the hub,
+    as they are in `from_pretrained`; HF_HUB_OFFLINE is honoured. `prediction_type` and `tokenizer`
+    are for single files: what the UNet predicts ("epsilon" or "v_prediction"), and a folder with
+    CLIP's vocabulary, where the file and this machine do not tell. `decoder` is the folder of a
+    small autoencoder (`AutoencoderTiny`) to take in place of the model's own; "small" is the one
+    of the bundled model. Raises `UserError`, one line, for what cannot be opened, or not safely.
     """
     place = bundled.folder() if source == "bundled" else Path(source).expanduser()
     dtype = one_dtype(dtype, torch_dtype)

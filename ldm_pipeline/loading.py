@@ -29,6 +29,7 @@ from ldm_pipeline.models.original.checkpoint import Checkpoint, open_checkpoint
 from ldm_pipeline.models.quantising import quantised
 from ldm_pipeline.models.schedulers import scheduler_class
 from ldm_pipeline.models.trust import components
+from ldm_pipeline.values import DTYPES
 
 FROM_FOLDER: Any = object()
 """Stands for "load this component from the folder", since None means "leave it out"."""
@@ -49,8 +50,8 @@ class FolderPipeline(DiffusionPipeline):
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         variant: str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -72,11 +73,11 @@ class FolderPipeline(DiffusionPipeline):
     ) -> Self:
         """The pipeline in a Diffusers folder, ours or stock, or of a hub id.
 
-        `dtype` (`torch_dtype` is its older name) is float32 unless given, whatever the files
-        hold. Components that are passed are used instead of the folder's; None leaves one out. A
-        folder whose weights all come in one variant ("fp16") needs no `variant`. Raises
-        `UserError` for a missing or incomplete folder, for a model of another shape, for one
-        that holds only pickled weights, and for one that wants to run its own code.
+        `dtype` (`torch_dtype` is its older name), torch's or its name, is float32 unless given,
+        whatever the files hold. Components that are passed are used instead of the folder's; None
+        leaves one out. A folder whose weights all come in one variant ("fp16") needs no `variant`.
+        Raises `UserError` for a missing or incomplete folder, for a model of another shape, for
+        one that holds only pickled weights, and for one that wants to run its own code.
         """
         if not use_safetensors:
             raise UserError("use_safetensors=False is refused: a pickle can run any program")
@@ -133,8 +134,8 @@ class FolderPipeline(DiffusionPipeline):
         cls,
         pretrained_model_link_or_path: str | os.PathLike[str],
         *,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         prediction_type: str | None = None,
         tokenizer_folder: str | os.PathLike[str] | None = None,
         **parts: Any,
@@ -187,8 +188,8 @@ class FolderPipeline(DiffusionPipeline):
         cls,
         pipeline: DiffusionPipeline,
         *,
-        dtype: torch.dtype | None = None,
-        torch_dtype: torch.dtype | None = None,
+        dtype: torch.dtype | str | None = None,
+        torch_dtype: torch.dtype | str | None = None,
         **components: Any,
     ) -> Self:
         """A pipeline over the parts of another one, ours or stock: no weight is copied.
@@ -204,8 +205,7 @@ class FolderPipeline(DiffusionPipeline):
         settings = {name: pipeline.config[name] for name in optional if name in pipeline.config}
         made = cls(**{**settings, **dict.fromkeys(known), **parts, **components})
         made.register_to_config(_name_or_path=pipeline.config.get("_name_or_path"))
-        wanted = dtype or torch_dtype
-        return made if wanted is None else made.to(wanted)
+        return made if not (dtype or torch_dtype) else made.to(one_dtype(dtype, torch_dtype))
 
     def save_pretrained(
         self, save_directory: str | os.PathLike[str], *told: Any, **named: Any
@@ -228,11 +228,19 @@ class FolderPipeline(DiffusionPipeline):
         return json.dumps(contents, indent=2, sort_keys=True) + "\n"
 
 
-def one_dtype(dtype: torch.dtype | None, torch_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype that was asked for under its name or its older one; float32 where none was."""
+def one_dtype(
+    dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None
+) -> torch.dtype:
+    """The dtype that was asked for under its name or its older one; float32 where none was.
+
+    Raises `UserError` for both at once, and for a text that names none of `DTYPES`.
+    """
     if dtype is not None and torch_dtype is not None:
         raise UserError("dtype and torch_dtype were both passed; pass only dtype")
-    return dtype or torch_dtype or torch.float32
+    wanted = dtype or torch_dtype or torch.float32
+    if isinstance(wanted, str):
+        wanted = getattr(torch, choose("dtype", wanted, DTYPES))
+    return wanted
 
 
 def single_file(

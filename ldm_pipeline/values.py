@@ -10,6 +10,9 @@ from typing import Any
 
 from ldm_pipeline.errors import UserError
 
+DTYPES = ("float32", "bfloat16", "float16")
+"""The names of what weights are computed in."""
+
 Text = str | Sequence[str]
 """One text, or one for each picture."""
 

@@ -53,6 +53,8 @@ def test_variants_and_shards(tmp_path: Path, saving: dict[str, Any]) -> None:
     pipe.save_pretrained(tmp_path / "plain")
     pipe.save_pretrained(tmp_path / "other", **saving)
     assert not (tmp_path / "other/unet/diffusion_pytorch_model.safetensors").exists()
+    named = ldm_pipeline.load(tmp_path / "other", dtype="bfloat16")
+    assert named.unet.dtype == named.text_encoder.dtype == torch.bfloat16
     loaded = ldm_pipeline.load(tmp_path / "other", dtype=torch.float16)
     for name in ("unet", "vae", "text_encoder"):
         wanted = getattr(pipe, name).state_dict()
@@ -72,6 +74,7 @@ def test_arguments_that_do_not_go_with_what_is_opened(ours: Any, tmp_path: Path)
         ("folder", {"tokenizer": tmp_path}, "tokenizer is for single files"),
         ("folder", {"prediction_type": "epsilon"}, "prediction_type is for single files"),
         ("folder", {"dtype": torch.float16, "torch_dtype": torch.float16}, "pass only dtype"),
+        ("folder", {"torch_dtype": "bfloat17"}, "dtype='bfloat17' is not known"),
     ]
     for name, told, message in wrongs:
         with pytest.raises(UserError, match=message):

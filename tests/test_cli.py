@@ -118,6 +118,8 @@ REFUSED = {
     "dataset check . --tokenizer nowhere": "--tokenizer=nowhere",
     "evaluate --prompts 0": "--prompts=0",
     "evaluate --steps 0": "--steps=0",
+    "evaluate --sampler eular": "--sampler='eular'",
+    "evaluate --eta 0.5": "--eta=0.5 does nothing here",
     "evaluate --model ./nowhere": "nowhere",
 }
 

@@ -27,12 +27,13 @@ FLAGS: dict[str, dict[str, Any]] = {
     "out": {"type": Path, "metavar": "DIR", "help": "a new or empty folder"},
     "n": {"type": int, "help": "number of pictures"},
     "seed": {"type": int, "help": "another seed gives other pictures"},
-    "split": {"help": f"one of {', '.join(SPLITS)}"},
+    "split": {"help": f"world: one of {', '.join(SPLITS)}; check: of a table (train)"},
     "resolution": {"type": int, "help": "pixels; buckets have at most its square"},
     "bucket-step": {"type": int, "help": "sides of buckets are multiples of it"},
     "batch-size": {"type": int, "help": "pictures in a step"},
     "upscale": {"action": "store_true", "help": "enlarge pictures that are too small"},
     "alpha-masks": {"action": "store_true", "help": "masks are the pictures' alpha channels"},
+    "caption-key": {"metavar": "NAME", "help": "where the captions of records are"},
     "tokenizer": {"type": Path, "metavar": "DIR", "help": "count tokens with this CLIP tokenizer"},
     "strict": {"action": "store_true", "help": "a warning is as bad as an error"},
 }
@@ -81,7 +82,15 @@ def check_dataset(args: argparse.Namespace) -> None:
     from ldm_pipeline.data.check import check
 
     tokens = None if args.tokenizer is None else _count_with(args.tokenizer)
-    report = check(args.places[0], buckets, args.batch_size, tokens, args.alpha_masks)
+    report = check(
+        args.places[0],
+        buckets,
+        args.batch_size,
+        tokens,
+        args.alpha_masks,
+        split=args.split,
+        caption_key=args.caption_key,
+    )
     print(report)
     if report.errors or (args.strict and report.warnings):
         sys.stdout.flush()
@@ -159,6 +168,8 @@ KINDS = {
             "batch-size": 1,
             "upscale": False,
             "alpha-masks": False,
+            "split": None,
+            "caption-key": None,
             "tokenizer": None,
             "strict": False,
         },

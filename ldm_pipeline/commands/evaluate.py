@@ -13,7 +13,7 @@ from ldm_pipeline.commands.generate import (
 )
 from ldm_pipeline.commands.outputs import check_folder
 from ldm_pipeline.commands.sources import find, find_decoder, open_pipeline
-from ldm_pipeline.commands.steps import add_step_arguments, check_lcm, settle_steps
+from ldm_pipeline.commands.steps import add_step_arguments, check_eta, check_lcm, settle_steps
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.request import Request
 
@@ -38,11 +38,14 @@ def run(args: argparse.Namespace) -> None:
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag}={getattr(args, name)} must be at least 1")
     settle_steps(args)
+    check_eta(args.eta, args.sampler, args.lcm)
     with in_flags():
         Request(
             prompt="a red star",
             num_inference_steps=args.steps,
             guidance_scale=args.guidance,
+            sampler=args.sampler,
+            eta=args.eta,
             seed=args.seed,
             lcm=args.lcm,
         )
@@ -65,6 +68,8 @@ def run(args: argparse.Namespace) -> None:
         steps=args.steps,
         guidance=args.guidance,
         lcm=args.lcm,
+        sampler=args.sampler,
+        eta=args.eta,
         decoder=args.decoder,
         batch_size=args.batch_size,
         out=args.out,

@@ -31,7 +31,8 @@ from ldm_pipeline.memory import Memory
 from ldm_pipeline.metadata import Recipe, installed_versions
 from ldm_pipeline.models.prompt_syntax import parse
 from ldm_pipeline.picture_files import check_fits, save_picture
-from ldm_pipeline.request import SAMPLER_NAMES, Request
+from ldm_pipeline.request import Request
+from ldm_pipeline.values import DTYPES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -40,7 +41,6 @@ if TYPE_CHECKING:
 
 PURPOSE = "draw pictures from words"
 
-DTYPES = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 Say = Callable[[str], None]
 """Where progress goes: stderr, or nowhere."""
@@ -90,12 +90,6 @@ def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:
         "(word:1.3) and [word] weigh words, and prompts may be of any length",
     )
     add_step_arguments(parser)
-    add("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLER_NAMES)} (the model's own)")
-    add(
-        "--eta",
-        type=float,
-        help="share of fresh noise, 0 to 1: of --sampler ddim (0), and tcd's gamma (0.3)",
-    )
     add("--height", type=int, help="pixels, a multiple of 8 (the model's own)")
     add("--width", type=int, help="pixels, a multiple of 8 (the model's own)")
     add(

@@ -31,13 +31,13 @@ from ldm_pipeline.lora.layouts.families import (
 from ldm_pipeline.lora.layouts.lycoris import convolved
 from ldm_pipeline.lora.layouts.stamp import carried
 from ldm_pipeline.lora.weights import Header, LoraWeights
+from ldm_pipeline.values import DTYPES
 
 if TYPE_CHECKING:
     from ldm_pipeline.lora.checkpoints import Checkpoint
 
 PURPOSE = "convert, merge, resize, extract LoRA files, or look into one"
 
-DTYPES = ("float32", "float16", "bfloat16")
 
 FLAGS: dict[str, dict[str, Any]] = {
     "out": {"type": Path, "metavar": "PLACE", "help": "a new .safetensors file, or a new folder"},

@@ -1,4 +1,4 @@
-"""How many steps a command draws, and how: --steps, --guidance, --lcm and --eta.
+"""How many steps a command draws, and how: --steps, --guidance, --lcm, --sampler and --eta.
 
 What cannot be meant is refused before any model loads: so a model's few-step adapter is looked for
 by what its configuration says.
@@ -15,7 +15,13 @@ from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.notes import NO_ADAPTER, read_note
 from ldm_pipeline.lora.published import fetched, lcm_lora
 from ldm_pipeline.models.bundled import few_step_adapter
-from ldm_pipeline.request import ETA_SAMPLERS, GUIDANCE, LCM_GUIDANCE, LCM_STEPS
+from ldm_pipeline.request import (
+    ETA_SAMPLERS,
+    GUIDANCE,
+    LCM_GUIDANCE,
+    LCM_STEPS,
+    SAMPLER_NAMES,
+)
 from ldm_pipeline.request_xl import XL_GUIDANCE
 
 STEPS = 25
@@ -44,6 +50,12 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
         default=False,
         metavar="FILE",
         help="few steps, with the LCM adapter in FILE (or the one known for the model)",
+    )
+    add("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLER_NAMES)} (the model's own)")
+    add(
+        "--eta",
+        type=float,
+        help="share of fresh noise, 0 to 1: of --sampler ddim (0), and tcd's gamma (0.3)",
     )
 
 

@@ -82,7 +82,7 @@ def read_dataset(
     alpha_masks: bool = False,
     regularisation: bool = False,
     weight: float = 1.0,
-    split: str = "train",
+    split: str | None = None,
     stream_to: Path | None = None,
     limit: int | None = None,
 ) -> list[Item]:
@@ -91,15 +91,21 @@ def read_dataset(
     `caption_key` names where the captions of records are, instead of `CAPTION_KEYS`.
     `default_caption` goes to pictures that have none. With `alpha_masks`, pictures without a mask
     file take their alpha channel. Regularisation items get keys of their own kind, so that they
-    can be put beside others. `limit` keeps the first items only. `split` is for tables.
+    can be put beside others. `limit` keeps the first items only. `split` is a table's, "train"
+    unless given.
 
     With `stream_to`, a table is not downloaded as a whole: its first `limit` rows are copied into
     tar shards in that folder, unless shards are there already, and read from there.
 
-    Raises `UserError` where there is nothing to read, `BadDataset` where what is there is damaged
+    Raises `UserError` where there is nothing to read or what has no splits is asked for one,
+    `BadDataset` where what is there is damaged
     or leaves the folder. A picture that is missing or damaged shows only in `load`.
     """
-    found = _find(source, split)
+    found = _find(source, split or "train")
+    if split is not None and not isinstance(found, rows.Table):
+        raise UserError(
+            f"{source} has no split {split!r}; only parquet files and hub ids have some"
+        )
     if isinstance(found, rows.Table) and stream_to is not None:
         found = _shards(stream_to, list_folder(rows.copy_rows(found, stream_to, limit)))
     if isinstance(found, rows.Table):

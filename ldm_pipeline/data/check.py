@@ -102,14 +102,17 @@ def check(
     batch_size: int = 1,
     tokens: Tokens | None = None,
     alpha_masks: bool = False,
+    *,
+    split: str | None = None,
+    caption_key: str | None = None,
 ) -> Report:
     """Read and decode the whole dataset at `source`, and report.
 
-    `tokens` counts a caption's tokens exactly. A damaged dataset is an error of the report; raises
-    `UserError` only where `source` is no dataset at all.
+    `tokens` counts a caption's tokens exactly; the rest is as `read_dataset` has it. A damaged
+    dataset is an error of the report; raises `UserError` only where `source` is no dataset at all.
     """
     try:
-        items = read_dataset(source, alpha_masks=alpha_masks)
+        items = read_dataset(source, alpha_masks=alpha_masks, split=split, caption_key=caption_key)
     except BadDataset as error:
         return Report(batch_size=batch_size, errors=(str(error),))
     with ThreadPoolExecutor(os.cpu_count()) as threads:

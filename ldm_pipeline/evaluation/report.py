@@ -91,15 +91,18 @@ def evaluate(
     steps: int = 25,
     guidance: float = 7.5,
     lcm: bool | str = False,
+    sampler: str | None = None,
+    eta: float | None = None,
     decoder: str | None = None,
     batch_size: int = 16,
     out: Path | None = None,
 ) -> Report:
     """Draw `prompts` prompts of each split (fewer unseen pairs) and count what came out right.
 
-    `pipeline` is a LatentDiffusionPipeline for 128 x 128 pictures, which takes `lcm`. `decoder`
-    is what its autoencoder is called in the report, if not its own. Picture i is drawn with `seed`
-    + i. With `out`, `report.json` and `grid.png` (failures first) are written there.
+    `pipeline` is a LatentDiffusionPipeline for 128 x 128 pictures, which takes `lcm`,
+    `sampler` (its own) and `eta` as `Request` has them. `decoder` is what its autoencoder is called
+    in the report, if not its own. Picture i is drawn with `seed` + i. With `out`, `report.json` and
+    `grid.png` (failures first) are written there.
     """
     tested = [World(seed, "test")[i] for i in range(prompts)]
     unseen = [World(seed, "unseen pairs")[i] for i in range(max(1, round(prompts * UNSEEN_SHARE)))]
@@ -115,6 +118,8 @@ def evaluate(
                     num_inference_steps=steps,
                     guidance_scale=guidance,
                     lcm=lcm,
+                    sampler=sampler,
+                    eta=eta,
                     seed=[seed + first + i for i in range(len(some))],
                     output_type="np",
                 ).images
@@ -141,6 +146,7 @@ def evaluate(
     }
     if lcm:
         settings["lcm"] = str(lcm)
+    settings |= {k: v for k, v in {"sampler": sampler, "eta": eta}.items() if v is not None}
     if pipeline.unet.dtype != torch.float32:
         settings["dtype"] = str(pipeline.unet.dtype).removeprefix("torch.")
     if decoder is not None:

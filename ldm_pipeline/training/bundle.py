@@ -165,10 +165,12 @@ def model_card(
 def _table(figures: dict[str, Any]) -> str:
     settings = figures["settings"]
     lcm = " --lcm" if settings.get("lcm") else f" --guidance {settings['guidance']:g}"
-    dtype = f" --dtype {settings['dtype']}" if "dtype" in settings else ""
+    named = "".join(
+        f" --{name} {settings[name]}" for name in ("sampler", "eta", "dtype") if name in settings
+    )
     lines = [
         f"`ldm evaluate --prompts {settings['prompts']} --seed {settings['seed']}"
-        f" --steps {settings['steps']}{lcm}{dtype}`, read by the judge:",
+        f" --steps {settings['steps']}{lcm}{named}`, read by the judge:",
         "",
         "| what | measured | 95 % interval | trials | floor |",
         "|---|---|---|---|---|",

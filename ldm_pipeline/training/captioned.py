@@ -72,6 +72,7 @@ class CaptionedSettings(Settings):
     """Which pictures, at what size, with what words."""
 
     source: str = Field(description="folder, .tar, .parquet or hub id")
+    split: str | None = Field(default=None, description="of the source if it is a table (train)")
     resolution: Positive = Field(default=512, description="side of the square with this area")
     bucket_step: Positive = Field(default=64, description="sides are multiples of it")
     fixed: bool = Field(default=False, description="one square size for all pictures")
@@ -208,6 +209,7 @@ class Captioned:
     def _looked_at(self, source: str, regularisation: bool) -> list[Sample]:
         """The samples of a source; pictures that cannot be used are named and counted."""
         settings = self.settings
+        split = None if regularisation else settings.split
         # One process copies what is streamed; the others find it.
         with launched().local_main_process_first() if settings.stream else nullcontext():
             items = captioned.read_dataset(
@@ -217,7 +219,8 @@ class Captioned:
                 alpha_masks=settings.alpha_masks,
                 regularisation=regularisation,
                 weight=settings.regularisation_weight if regularisation else 1.0,
-                stream_to=_streamed(settings, source) if settings.stream else None,
+                split=split,
+                stream_to=_streamed(settings, source, split) if settings.stream else None,
                 limit=settings.limit,
             )
         buckets = settings.buckets()
@@ -237,11 +240,11 @@ class Captioned:
         return samples
 
 
-def _streamed(settings: CaptionedSettings, source: str) -> Path:
+def _streamed(settings: CaptionedSettings, source: str, split: str | None) -> Path:
     """Where the copied rows of a source lie; a local file that has changed is copied anew."""
     local = [path for path in (Path(source), *Path(source).rglob("*")) if path.is_file()]
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in local]
-    told = repr((source, settings.limit, sorted(facts)))
+    told = repr((source, split, settings.limit, sorted(facts)))
     return settings.cache / "rows" / hashlib.sha256(told.encode()).hexdigest()[:16]
 
 

@@ -205,6 +205,11 @@ OUTSIDE = ["../secret.png", "/etc/secret.png", "a/../../secret.png", "..", "C:\\
            "..\\secret.png", "C:a.png", " ", "//server/share/a.png"]  # fmt: skip
 
 
+def test_pictures_have_no_splits(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="has no split 'test'"):
+        read_dataset(write_folder(tmp_path, PLAIN), split="test")
+
+
 @pytest.mark.parametrize("name", OUTSIDE)
 @pytest.mark.parametrize("key", ["file_name", "mask_file_name"])
 def test_metadata_cannot_name_a_file_outside(name: str, key: str, tmp_path: Path) -> None:
@@ -383,6 +388,9 @@ def test_rows_of_a_table_are_items_too(table: Path) -> None:
         assert [item.captions for item in other] == [("a 0", "b 0")]
     with pytest.raises(UserError, match="test"):
         read_dataset(table.parent, split="test")
+    assert [item.key for item in read_dataset(table, split="test")] == [
+        f"test/{i}" for i in range(3)
+    ], "a file is whichever split is asked for"
 
 
 def test_a_streamed_table_holds_the_same_items(

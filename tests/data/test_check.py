@@ -197,6 +197,17 @@ def test_many_names_are_cut_short_and_no_name_reaches_the_terminal_raw(folder: P
     assert "?[31m.png: is no" in str(report)
 
 
+def test_captions_are_read_where_they_are_said_to_be(folder: Path) -> None:
+    record = {"file_name": "0.png", "text": "red", "long": ["a red star", "a star"]}
+    (folder / "metadata.jsonl").write_text(json.dumps(record), "utf-8")
+    assert check(folder, BUCKETS).captions == 1
+    assert check(folder, BUCKETS, caption_key="long").captions == 2
+    (error,) = check(folder, BUCKETS, caption_key="lang").errors
+    assert "there is no 'lang'" in error
+    with pytest.raises(UserError, match="has no split 'test'"):
+        check(folder, BUCKETS, split="test")
+
+
 def test_what_is_no_dataset_at_all_is_refused(tmp_path: Path) -> None:
     for place in (tmp_path, tmp_path / "nowhere"):
         with pytest.raises(UserError):

@@ -33,6 +33,7 @@ class Painter:
         self.vae = Mirror()
         self.unet = SimpleNamespace(dtype=torch.float32)
         self.seeds: list[int] = []
+        self.settings: list[dict[str, Any]] = []
         worlds = [World(0, "test"), World(0, "unseen pairs")]
         self.scenes: dict[str, Any] = {}
         for world in worlds:
@@ -45,6 +46,7 @@ class Painter:
     def __call__(self, prompts: list[str], *, seed: list[int], **settings: Any) -> Any:
         assert settings["output_type"] == "np"
         self.seeds += seed
+        self.settings.append(settings)
         pictures = np.stack([render(self.scenes[prompt]) for prompt in prompts])
         return SimpleNamespace(images=pictures / 255.0)
 
@@ -73,6 +75,14 @@ def test_painting_the_truth_scores_full_marks(tmp_path: Path) -> None:
     assert (tmp_path / "report" / "grid.png").stat().st_size > 10_000
     assert all(name in str(report) for name in report.shares)
     assert len(set(painter.seeds[:40])) == 40, "each test picture has a seed of its own"
+
+
+def test_the_sampler_is_heard_and_told(tmp_path: Path) -> None:
+    painter = Painter()
+    told = evaluate(painter, prompts=2, seed=0, sampler="tcd", eta=0.0).settings
+    assert (told["sampler"], told["eta"]) == ("tcd", 0.0)
+    assert all((s["sampler"], s["eta"]) == ("tcd", 0.0) for s in painter.settings)
+    assert not {"sampler", "eta"} & set(evaluate(painter, prompts=2, seed=0).settings)
 
 
 def test_painting_something_else_scores_little() -> None:

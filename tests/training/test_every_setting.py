@@ -349,6 +349,7 @@ SEEDED = {"run.seed": 1}
 
 PICTURES = {
     "data.source": Change(samples, "others"),
+    "data.split": Change(samples, "test", {"data.source": "table"}, needs="datasets"),
     "data.resolution": Change(samples, 32),
     "data.bucket_step": Change(samples, 64),
     "data.fixed": Change(samples, True),
@@ -577,9 +578,11 @@ def _write_pictures(folder: Path, sizes: list[tuple[int, int]]) -> None:
 def _write_table(folder: Path, file: Path) -> None:
     datasets = pytest.importorskip("datasets")
     features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
-    columns = {"image": [{"bytes": file.read_bytes(), "path": None}], "text": ["red"]}
+    row = {"image": {"bytes": file.read_bytes(), "path": None}, "text": "red"}
     folder.mkdir()
-    datasets.Dataset.from_dict(columns, features).to_parquet(folder / "train.parquet")
+    for split, n in {"train": 1, "test": 2}.items():
+        table = datasets.Dataset.from_list([row] * n, features)
+        table.to_parquet(folder / f"{split}.parquet")
 
 
 @pytest.fixture(autouse=True)
