@@ -9,8 +9,9 @@ two late checkpoints, each gets its rows.
 Legend
     right      everything that the words say, by the judge, with its 95 % interval
     of 50      that share, as a part of the teacher's at 50 steps
-    distance   mean squared difference of latents from the teacher's at 50 steps of DDIM; an adapter
-               is drawn with fresh noise in each step, and so ends elsewhere
+    distance   mean squared difference of latents from the teacher's at 50 steps of DDIM. An adapter
+               is drawn with fresh noise in each step, and so ends elsewhere; in the rows "keeping
+               noise" it keeps the noise that it began with (TCD, gamma 0), as DDIM does
     spread     mean variance of latents over 8 seeds of one prompt, as a part of the teacher's at 50
 """
 
@@ -38,23 +39,32 @@ SPREAD = (32, 8)
 
 @dataclass(frozen=True)
 class Way:
-    """One way of drawing: steps, guidance, and the adapter's file, True (the bundled) or False."""
+    """One way of drawing: steps, guidance, the adapter's file, True (the bundled) or False, and
+    whether it keeps its noise."""
 
     name: str
     steps: int
     guidance: float
     lcm: str | bool = False
+    keeps: bool = False
+
+    @property
+    def sampler(self) -> dict[str, Any]:
+        """Its name, if not the adapter's own, and the share of fresh noise."""
+        if self.lcm and not self.keeps:
+            return {}
+        return {"sampler": "tcd" if self.lcm else "ddim", "eta": 0.0}
 
 
 def ways(files: list[str], w: float) -> list[Way]:
     """The teacher's rows, then those of each adapter."""
-    teacher = [Way("teacher", steps, w + 1) for steps in (50, 8, 4)]
+    found = [Way("teacher", steps, w + 1) for steps in (50, 8, 4)]
     asked: list[str | bool] = [*files] or [True]
-    return teacher + [
-        Way("adapter" if lcm is True else str(lcm), steps, 1.0, lcm)
-        for lcm in asked
-        for steps in (8, 4, 2)
-    ]
+    for lcm in asked:
+        name = "adapter" if lcm is True else str(lcm)
+        found += [Way(name, steps, 1.0, lcm) for steps in (8, 4, 2)]
+        found += [Way(f"{name}, keeping noise", steps, 1.0, lcm, keeps=True) for steps in (8, 4)]
+    return found
 
 
 def main() -> None:
@@ -108,7 +118,7 @@ def latents(pipe: Any, way: Way, prompts: list[str], batch_size: int) -> Tensor:
                 num_inference_steps=way.steps,
                 guidance_scale=way.guidance,
                 lcm=way.lcm,
-                sampler=None if way.lcm else "ddim",
+                **way.sampler,
                 seed=[first + i for i in range(len(some))],
                 output_type="latent",
             ).images.float()

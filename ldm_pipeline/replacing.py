@@ -35,9 +35,7 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = temporary_name(path)
     try:
         yield temporary
-        for each in [temporary, *temporary.rglob("*")]:
-            if each.is_file():
-                flush(each)
+        flush_all(temporary)
         temporary.replace(path)
         with suppress(OSError):  # not every file system flushes a folder
             flush(path.parent)
@@ -49,6 +47,13 @@ def replacing(path: Path) -> Iterator[Path]:
         else:
             with suppress(OSError):
                 temporary.unlink()
+
+
+def flush_all(path: Path) -> None:
+    """Wait until the disk has a file, or every file of a folder."""
+    for each in [path, *path.rglob("*")]:
+        if each.is_file():
+            flush(each)
 
 
 def flush(path: Path) -> None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from ldm_pipeline.replacing import flush_all
+
 log = logging.getLogger(__name__)
 
 
@@ -41,8 +43,9 @@ def writing(path: Path, unfinished: Path) -> Iterator[None]:
 def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
     """Let `write` fill a folder, and put it in the place of `folder` as a whole.
 
-    Where that fails, `folder` is as it was. A kill at any moment leaves the old one or the new one,
-    perhaps beside its place, from where `settle_folder` brings it back. Raises `NotWritten`.
+    Where that fails, `folder` is as it was. A kill or a power failure at any moment leaves the old
+    one or the new one, perhaps beside its place, from where `settle_folder` brings it back. Raises
+    `NotWritten`.
     """
     folder = folder.resolve()  # where it is a link, what it points to
     unfinished, old = (folder.with_name(f".{folder.name}.{end}") for end in ("unfinished", "old"))
@@ -50,6 +53,7 @@ def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
         settle_folder(folder)
         shutil.rmtree(unfinished, ignore_errors=True)  # of a killed run
         write(unfinished)
+        flush_all(unfinished)
         if folder.exists():
             folder.rename(old)
         try:

@@ -56,13 +56,18 @@ def sample(
 
 
 @contextmanager
-def channels_last(vae: Autoencoder) -> Iterator[None]:
-    """Within the block the channels of a place lie side by side in memory, as processors convolve
-    them more quickly (88 pictures of 128 x 128 a second instead of 55, on 2 cores in float32);
-    answers differ by some 1e-4 of their spread, less than the caches' float16 rounds."""
+def quick(vae: Autoencoder, precision: str) -> Iterator[None]:
+    """Within the block an autoencoder answers as quickly as a run's `precision` lets it.
+
+    The channels of a place lie side by side in memory, as processors convolve them more quickly:
+    answers differ by some 1e-4 of their spread, less than the caches' float16 rounds. With "bf16"
+    it computes in bfloat16, as stock scripts let it: some 5e-3 of the spread. (88 and 280
+    pictures of 128 x 128 a second instead of 55, on 2 cores.)
+    """
     vae.to(memory_format=torch.channels_last)
     try:
-        yield
+        with torch.autocast(vae.device.type, torch.bfloat16, precision == "bf16"):
+            yield
     finally:
         vae.to(memory_format=torch.contiguous_format)
 

@@ -113,8 +113,12 @@ class Sample:
 class Captioned:
     """The samples of a data set and the order of a run through them."""
 
-    def __init__(self, settings: CaptionedSettings, seed: int, batch_size: int) -> None:
+    def __init__(
+        self, settings: CaptionedSettings, seed: int, batch_size: int, precision: str = "no"
+    ) -> None:
+        """`precision` is what the autoencoder may compute in, "bf16" or another."""
         self.settings, self.seed, self.batch_size = settings, seed, batch_size
+        self.precision = precision
         self.wording = settings.captions.wording
         samples = self._looked_at(settings.source, regularisation=False)
         held = round(settings.held_out * len(samples))
@@ -275,18 +279,20 @@ def _key(item: Item, transform: Transform) -> str:
 def cached_latents(data: Captioned, vae: AutoencoderKL, share: Share) -> Cache:
     """Mean, std and mask of every sample's latents; samples that fail are left out of `data`.
 
-    Pictures are encoded one by one: what else was missing decides no bit of an entry. Raises
+    Pictures are encoded one by one, in the precision of the run and of the autoencoder: what else
+    was missing decides no bit of an entry. Raises
     `UserError` for latents that are not finite (an autoencoder in half precision can overflow, and
     what it then says must not be kept), and where processes would train on different samples.
     """
     samples = sorted(data.every(), key=lambda sample: sample.transform.bucket)
-    key = key_of(autoencoder.encoder_weights(vae), _plain(vae.config), str(vae.dtype))
+    computed_in = torch.bfloat16 if data.precision == "bf16" else vae.dtype
+    key = key_of(autoencoder.encoder_weights(vae), _plain(vae.config), str(computed_in))
     cache = Cache(data.settings.cache / "latents" / key)
 
     def encode(indices: Sequence[int]) -> list[Entry | None]:
         return [_encoded(samples[i], vae, data.settings.strict) for i in indices]
 
-    with autoencoder.channels_last(vae):
+    with autoencoder.quick(vae, data.precision):
         fill(cache, [sample.key for sample in samples], encode, share, batch_size=1)
     data.leave_out({sample.key for sample in samples if sample.key not in cache})
     used = repr([(sample.key, sample.item.captions) for sample in data.every()])

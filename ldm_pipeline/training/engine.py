@@ -118,7 +118,7 @@ class _Run:
         run = config.run
         check(config)
         self.config, self.objective = config, objective
-        mixed_precision = precision(run.mixed_precision, launched().device.type)
+        mixed_precision = precision(run.mixed_precision)
         self.accelerator = Accelerator(mixed_precision=mixed_precision, project_dir=run.out)
         self.ranks = Ranks(self.accelerator.state)
         set_seed(run.seed)

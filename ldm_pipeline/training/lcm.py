@@ -35,7 +35,6 @@ from ldm_pipeline.diffusion.denoiser import make_denoiser
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.files import FILE_NAME
 from ldm_pipeline.lora.notes import LcmNote
-from ldm_pipeline.processes.ranks import launched
 from ldm_pipeline.training.adapter_config import AdapterConfig, AdapterSettings, PictureSettings
 from ldm_pipeline.training.adapting import AdapterObjective, OpenModel, Pictures
 from ldm_pipeline.training.captioned import Captioned, CaptionedSettings
@@ -108,12 +107,11 @@ class LcmConfig(AdapterConfig):
 
     def read(self) -> Pictures:
         """The pictures to distil on."""
-        seed, batch_size = self.run.seed, self.run.batch_size
+        told = self.run.seed, self.run.batch_size, precision(self.run.mixed_precision)
         if self.data is not None:
-            return Captioned(self.data, seed, batch_size)
+            return Captioned(self.data, *told)
         assert self.world is not None
-        computed_in = precision(self.run.mixed_precision, launched().device.type)
-        return WorldPictures(self.world, seed, batch_size, computed_in)
+        return WorldPictures(self.world, *told)
 
 
 class LcmObjective(AdapterObjective):

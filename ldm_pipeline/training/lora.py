@@ -23,6 +23,7 @@ from ldm_pipeline.training.adapting import AdapterObjective, OpenModel
 from ldm_pipeline.training.captioned import Captioned, CaptionedSettings
 from ldm_pipeline.training.config import NonNegativeFloat, PositiveFloat, Settings
 from ldm_pipeline.training.levels import LevelSettings
+from ldm_pipeline.training.start import precision
 
 
 class LoraAdapterSettings(AdapterSettings):
@@ -66,10 +67,11 @@ class LoraObjective(AdapterObjective):
     data: Captioned
 
     def __init__(self, config: LoraConfig, open_model: OpenModel) -> None:
+        run = config.run
         super().__init__(
             config,
             open_model,
-            Captioned(config.data, config.run.seed, config.run.batch_size),
+            Captioned(config.data, run.seed, run.batch_size, precision(run.mixed_precision)),
             zero_terminal_snr=config.loss.zero_terminal_snr,
             train_texts=config.lora.text_encoder,
         )

@@ -108,7 +108,7 @@ class SmallDecoderObjective(nn.Module):
         if config.begin_from is not None:
             take_weights(self.small, config.begin_from)
         data, ranks = config.data, Ranks(launched())
-        computed_in = precision(config.run.mixed_precision, launched().device.type)
+        computed_in = precision(config.run.mixed_precision)
         share = Share(ranks.index, ranks.count, ranks.told)
         cache = cached_latents(data, large.to(launched().device), computed_in, share)
         entries = [cache[key_at(index)] for index in range(data.pictures)]

@@ -15,6 +15,7 @@ from torch import nn
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora import files
 from ldm_pipeline.lora.inject import Adapter
+from ldm_pipeline.processes.ranks import launched
 
 SMALL_GRID = 32
 """Places along each side; of 64 the matrix takes 268 MB in each attention of Stable Diffusion."""
@@ -68,8 +69,9 @@ def take_adapter(adapter: Adapter, place: Path) -> None:
         parameter.copy_(found[name])
 
 
-def precision(asked: str, device: str) -> str:
-    """What `mixed_precision` comes to on this machine: "no", "bf16" or "fp16".
+def precision(asked: str, device: str | None = None) -> str:
+    """What `mixed_precision` comes to on a kind of device (the process's own unless one is named):
+    "no", "bf16" or "fp16".
 
     "auto" is bf16 where the hardware multiplies it (all GPUs that CUDA calls able, CPUs with
     AVX512-BF16 or AMX: there about twice as fast) and float32 elsewhere: a CPU that has to emulate
@@ -77,6 +79,7 @@ def precision(asked: str, device: str) -> str:
     """
     if asked != "auto":
         return asked
+    device = device or launched().device.type
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     able = torch.cpu.get_capabilities() if device == "cpu" else {}

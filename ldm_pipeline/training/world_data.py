@@ -91,13 +91,12 @@ def cached_latents(
     def encode(indices: Sequence[int]) -> list[Entry]:
         told = (places[i] for i in indices)
         pictures = as_tensor([world[index].picture for world, index in told]).to(vae.device)
-        with torch.autocast(vae.device.type, torch.bfloat16, precision == "bf16"):
-            mean, std = autoencoder.encode(vae, pictures)
+        mean, std = autoencoder.encode(vae, pictures)
         halves = zip(mean.half().cpu(), std.half().cpu(), strict=True)
         return [{"mean": m, "std": s} for m, s in halves]
 
     facts = vae.config.scaling_factor, precision, "world", settings.seed
     cache = Cache(settings.cache / key_of(autoencoder.encoder_weights(vae), *facts))
-    with autoencoder.channels_last(vae):
+    with autoencoder.quick(vae, precision):
         fill(cache, [key_at(index, world.split) for world, index in places], encode, share)
     return cache

@@ -93,3 +93,15 @@ def test_a_linked_folder_stays_a_link(tmp_path: Path) -> None:
     write_folder(link, filled(*NEW, text="new"))
     assert link.is_symlink()
     assert contents(tmp_path / "elsewhere") == {f"final/{n}": text for n, text in NEW.items()}
+
+
+def test_all_files_are_on_the_disk_before_the_folder_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: list[tuple[str, bool]] = []
+    monkeypatch.setattr(
+        "ldm_pipeline.replacing.flush",
+        lambda path: flushed.append((path.name, (tmp_path / "new").exists())),
+    )
+    write_folder(tmp_path / "new", filled("unet/model", "text/words", text="new"))
+    assert sorted(flushed) == [("model", False), ("words", False)]

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ldm_pipeline.diffusion import Noise
-from ldm_pipeline.models.autoencoder import decode, downscale, encode, sample, tiled
+from ldm_pipeline.models.autoencoder import decode, downscale, encode, quick, sample, tiled
 
 
 def test_encode_gives_the_gaussian_in_latent_units(components: dict[str, Any]) -> None:
@@ -23,6 +23,24 @@ def test_encode_gives_the_gaussian_in_latent_units(components: dict[str, Any]) -
     sampled = vae.encode(images).latent_dist.sample(torch.Generator().manual_seed(5))
     # The factor is multiplied in before or after the sum: a rounding of float32 apart.
     assert torch.allclose(mean + std * n, sampled * vae.config.scaling_factor, atol=1e-6)
+
+
+@torch.no_grad()
+def test_encoding_quickly_says_nearly_the_same_and_leaves_no_trace(
+    components: dict[str, Any],
+) -> None:
+    vae = components["vae"]
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    mean, _ = encode(vae, images)
+    off = {}
+    for precision in ("no", "bf16"):
+        with quick(vae, precision):
+            answer, _ = encode(vae, images)
+        off[precision] = float((answer.float() - mean).std() / mean.std())
+    assert off["no"] < 1e-4 < off["bf16"] < 0.02
+    with pytest.raises(KeyError), quick(vae, "bf16"):
+        raise KeyError
+    assert torch.equal(encode(vae, images)[0], mean)
 
 
 @pytest.mark.parametrize("singly", [False, True])

@@ -59,6 +59,17 @@ def test_only_what_encodes_decides_what_is_encoded_anew(
     assert (after == before) is (part in {"decoder", "post_quant_conv"})
 
 
+def test_what_is_encoded_in_another_precision_is_kept_apart(pictures: Path, tiny: Any) -> None:
+    vae = tiny()["vae"]
+    plain, half = looked_at(pictures), looked_at(pictures)
+    half.precision = "bf16"
+    whole, rounded = (cached_latents(data, vae, ALONE) for data in (plain, half))
+    assert whole.folder != rounded.folder
+    key = plain.samples[0].key
+    assert not torch.equal(whole[key]["mean"], rounded[key]["mean"])
+    assert torch.allclose(whole[key]["mean"], rounded[key]["mean"], atol=0.05)
+
+
 @pytest.mark.parametrize("name", ["2.png", "0.mask.png"])
 def test_a_picture_that_changes_before_it_is_encoded_is_not_kept_as_what_it_was(
     pictures: Path, tiny: Any, caplog: pytest.LogCaptureFixture, name: str

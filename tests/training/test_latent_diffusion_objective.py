@@ -56,7 +56,7 @@ def test_the_laws_of_objectives(objective: LatentDiffusionObjective) -> None:
 
 def test_the_cached_latents_are_those_of_the_pictures(built: LatentDiffusionObjective) -> None:
     pictures = as_tensor([World(0)[i].picture for i in range(PICTURES)])
-    with torch.no_grad(), autoencoder.channels_last(built._vae[0]):
+    with torch.no_grad(), autoencoder.quick(built._vae[0], "no"):
         mean, std = autoencoder.encode(built._vae[0], pictures)
     # float16 has 11 bits.
     assert torch.allclose(built.mean.float(), mean, rtol=2**-11, atol=1e-6)

@@ -396,7 +396,7 @@ def test_the_world_s_pictures_are_encoded_once_and_worded_anew(world: LcmConfig)
     encoder = open_model("", torch.float32)
     for split, samples in (("train", objective.data.samples), ("test", objective.data.measured)):
         pictures = as_tensor([World(0, split)[i].picture for i in range(len(samples))])
-        with torch.no_grad(), autoencoder.channels_last(encoder.vae):
+        with torch.no_grad(), autoencoder.quick(encoder.vae, "no"):
             mean, _ = autoencoder.encode(encoder.vae, pictures)
         for i, sample in enumerate(samples):
             found = objective.latents[sample.key]["mean"].float()
