@@ -6,7 +6,7 @@
 One model, one folder of pictures, one adapter's shape; each way in a process of its own, which take
 turns: only one computes at a time. *Usual* is `benchmarks/usual_lora.py`. *Ours* takes latents and
 embeddings from the caches; *compiled* is the same with `run.compile`, which takes a minute once;
-in a *first pass* each picture and caption is encoded too, the autoencoder in float32. The table has
+in a *first pass* each picture and caption is encoded too, all in the run's precision. The table has
 the medians of the rounds. Speed does not depend on the weights: `sd15` is the full architecture of
 Stable Diffusion 1.5 with random ones.
 
