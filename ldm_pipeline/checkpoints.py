@@ -42,8 +42,9 @@ def load(
     as they are in `from_pretrained`; HF_HUB_OFFLINE is honoured. `prediction_type` and `tokenizer`
     are for single files: what the UNet predicts ("epsilon" or "v_prediction"), and a folder with
     CLIP's vocabulary, where the file and this machine do not tell. `decoder` is the folder of a
-    small autoencoder (`AutoencoderTiny`) to take in place of the model's own; "small" is the one
-    of the bundled model. Raises `UserError`, one line, for what cannot be opened, or not safely.
+    small autoencoder (`AutoencoderTiny`) to take in place of the model's own; "small" is the
+    bundled model's, where it has one. Raises `UserError`, one line, for what cannot be opened, or
+    not safely.
     """
     place = bundled.folder() if source == "bundled" else Path(source).expanduser()
     dtype = one_dtype(dtype, torch_dtype)

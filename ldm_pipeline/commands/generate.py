@@ -115,7 +115,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         "--decoder",
         metavar="FOLDER",
         help="a small autoencoder (AutoencoderTiny) in place of the model's own, which draws sooner"
-        " and a little less exactly; small is the bundled model's",
+        " and a little less exactly; small is the bundled model's, where it has one",
     )
     add("--device", default="auto", help="cpu, cuda, cuda:1, mps or xpu; auto takes a GPU if any")
     add("--dtype", default="auto", help=f"one of {', '.join(DTYPES)}; auto is float32 on a CPU")
