@@ -47,43 +47,21 @@ class Buckets:
         return None if bucket is None else cover(size, bucket, at)
 
 
-def aspect_buckets(
-    resolution: int,
-    step: int = 64,
-    *,
-    min_side: int | None = None,
-    max_side: int | None = None,
-    smallest: int | None = None,
-    upscale: bool = False,
-) -> Buckets:
+def aspect_buckets(resolution: int, step: int = 64, *, upscale: bool = False) -> Buckets:
     """Buckets of at most `resolution`² pixels, and smaller families for smaller pictures.
 
-    All sides are multiples of `step` from `min_side` to `max_side` (twice the resolution). The
-    families go down from `resolution` to `smallest` (half the resolution) in steps;
-    `smallest=resolution` leaves one. `min_side` is half of `smallest` unless given. Raises
-    `UserError` for values that do not fit together.
+    All sides are multiples of `step`, from a quarter of the resolution to twice it. The families
+    go down from `resolution` to half of it in steps. Raises `UserError` for values that do not fit
+    together.
     """
     if step < 8 or step % 8:
         raise UserError(f"step={step} must be a multiple of 8")
     if resolution < step or resolution % step:
         raise UserError(f"resolution={resolution} must be a multiple of the step, {step}")
-    smallest = -(-resolution // 2 // step) * step if smallest is None else smallest
-    if not step <= smallest <= resolution or smallest % step:
-        raise UserError(
-            f"smallest={smallest} must be a multiple of the step, {step}, and at most {resolution}"
-        )
-    low = max(step, smallest // 2 // step * step) if min_side is None else min_side
-    high = 2 * resolution if max_side is None else max_side
-    if low < step or low % step or low > smallest:
-        raise UserError(
-            f"min_side={low} must be a multiple of the step, {step}, and at most {smallest}"
-        )
-    if high % step or high < resolution:
-        raise UserError(
-            f"max_side={high} must be a multiple of the step, {step}, and at least {resolution}"
-        )
+    smallest = -(-resolution // 2 // step) * step
+    low = max(step, smallest // 2 // step * step)
     sides = range(resolution, smallest - 1, -step)
-    return Buckets(tuple(_family(side, step, low, high) for side in sides), upscale)
+    return Buckets(tuple(_family(side, step, low, 2 * resolution) for side in sides), upscale)
 
 
 def one_size(width: int, height: int, *, upscale: bool = False) -> Buckets:
