@@ -233,6 +233,26 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
         edit("text_encoder/config.json", quantization_config={"quant_method": "evil"}),
         "quantization_config",
     ),
+    "kernel for the text half of a CLIP": (
+        edit(
+            "text_encoder/config.json",
+            model_type="clip",
+            text_config={"model_type": "clip_text_model", "attn_implementation": "evil/kernel"},
+        ),
+        "names a kernel to fetch",
+    ),
+    "kernel by its inner name": (
+        edit("text_encoder/config.json", a=[{"b": {"_attn_implementation": "evil/kernel"}}]),
+        "names a kernel to fetch",
+    ),
+    "quantising library for a half": (
+        edit("text_encoder/config.json", text_config={"quantization_config": {"bits": 4}}),
+        "quantization_config",
+    ),
+    "auto_map in a half": (
+        edit("text_encoder/config.json", text_config={"auto_map": {"AutoModel": "evil.Evil"}}),
+        "auto_map",
+    ),
     # Pickles
     "nothing but pickles": (only_pickles, "only pickled weights"),
     "pickle called safetensors": (
