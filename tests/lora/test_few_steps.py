@@ -318,7 +318,8 @@ def test_mistakes_are_refused_before_anything_is_drawn(pipe: Any, make: Any) -> 
 @pytest.mark.parametrize(
     "text",
     ["[", "3", '{"steps": 3}', '{"original_steps": 0}', '{"original_steps": 4.5}',
-     '{"timestep_scaling": -1}', '{"timestep_scaling": "a"}', '{"base": 3}'],
+     '{"timestep_scaling": -1}', '{"timestep_scaling": "a"}', '{"base": 3}', "[" * 20_000],
+    ids=range(9),
 )  # fmt: skip
 def test_a_note_that_makes_no_sense_is_refused(make: Any, text: str) -> None:
     file: Path = make("few", note=LcmNote("some"))
