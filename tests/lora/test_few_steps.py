@@ -100,16 +100,18 @@ def test_unless_told_otherwise_it_takes_four_steps_without_guidance(pipe: Any, m
     assert rows == [2] * 50
 
 
+@pytest.mark.parametrize("factor", [0, 0.3, 0.5])
 @pytest.mark.parametrize("beside", [False, True])
-def test_it_leaves_no_trace(pipe: Any, make: Any, beside: bool) -> None:
+def test_it_leaves_no_trace(pipe: Any, make: Any, beside: bool, factor: float) -> None:
     """No module, weight, active adapter or flag of the pipeline changes, nor its pictures."""
     if beside:
         attach(pipe, [(make("style", seed=1), 0.7)])
-    scale = {"cross_attention_kwargs": {"scale": 0.5}}
+    scale = {"cross_attention_kwargs": {"scale": factor}}
     before, plain, scaled = snapshot(pipe), draw(pipe), draw(pipe, **scale)
     flags = [p.requires_grad for p in pipe.unet.parameters()]
     scheduler = pipe.scheduler
     few = draw(pipe, lcm=make("few"))
+    assert not torch.equal(draw(pipe, lcm=make("few"), **scale), few)
     assert same(before, snapshot(pipe))
     assert flags == [p.requires_grad for p in pipe.unet.parameters()]
     assert pipe.scheduler is scheduler
