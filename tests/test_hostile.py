@@ -378,6 +378,26 @@ def test_files(model: Path, tmp_path: Path, monkeypatch: Any, name: str) -> None
     checked(tmp_path / "x.safetensors", tmp_path, message)
 
 
+DAMAGED: dict[str, Callable[[Path], None]] = {
+    "encoder of another width": edit("text_encoder/config.json", hidden_size=64),
+    "encoder of more words": edit("text_encoder/config.json", vocab_size=7),
+    "width that is no number": edit("text_encoder/config.json", hidden_size="x"),
+    "activation that there is not": edit("text_encoder/config.json", hidden_act="evil"),
+    "tokenizer that is empty": put("tokenizer/tokenizer.json", "{}"),
+    "schedule that there is not": edit("scheduler/scheduler_config.json", beta_schedule="evil"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_folders_are_named_in_one_line(model: Path, tmp_path: Path, name: str) -> None:
+    """Whatever the libraries raise over them; so they are in the command."""
+    shutil.copytree(model / "good", tmp_path / "bad")
+    DAMAGED[name](tmp_path / "bad")
+    with pytest.raises(UserError, match="bad cannot be loaded: ") as refusal:
+        ldm_pipeline.load(tmp_path / "bad")
+    assert "\n" not in str(refusal.value)
+
+
 def test_there_are_enough_of_them() -> None:
     assert len(FOLDERS) + len(FILES) >= 30
 
