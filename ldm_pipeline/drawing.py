@@ -122,9 +122,10 @@ class Drawing(LiveValues, ImagePrompts, DiffusionPipeline):
         """Where to start and what stays; noise is drawn in the order of stock pipelines."""
         shape = self._latent_shape(request, canvas)
         known = request.paints and not self._reads_mask
+        vae = self._encoder(canvas)
         z: Tensor | None = None
         if canvas is not None and (known or not request.begins_at_noise):
-            z = canvas.latents(self.vae, request, noise, like)
+            z = canvas.latents(vae, request, noise, like)
         n = request.latents
         n = noise.draw(shape, like.dtype, like.device) if n is None else n.to(like.device)
         plan = self._start(request, z, n, course)
@@ -137,12 +138,16 @@ class Drawing(LiveValues, ImagePrompts, DiffusionPipeline):
         needed = self._reads_mask or "masked_image_latents" in (
             request.callback_on_step_end_tensor_inputs
         )
-        staying = canvas.staying(self.vae, request, noise, like, shape, needed)
+        staying = canvas.staying(vae, request, noise, like, shape, needed)
         if staying is not None:
             run.masked_image_latents = tiled(staying, sides * count)
         if not known:
             return plan
         return inpaint(plan, _sure(z), lambda: _sure(run.mask)[:count], n, course)
+
+    def _encoder(self, canvas: Canvas | None) -> Any:
+        """The autoencoder that reads the canvas."""
+        return self.vae
 
     def _start(self, request: Request, z: Tensor | None, n: Tensor, course: Course) -> loop.Plan:
         """The way from noise, or from a picture's latents `z` under noise, to clean latents."""

@@ -129,8 +129,9 @@ class ImagePrompts(IPAdapterMixin):
         """`image_embeds` of pictures, one entry for each adapter, or of what this made before.
 
         `num_images_per_prompt` is the number of images B. With one image and guidance the result
-        can be kept and passed as `ip_adapter_image_embeds`. Raises `UserError` where the numbers of
-        entries and adapters differ, and for tensors of another shape.
+        can be kept and passed as `ip_adapter_image_embeds`, also where nothing guides. Raises
+        `UserError` where the numbers of entries and adapters differ, and for tensors of another
+        shape.
         """
         layers = self.unet.encoder_hid_proj.image_projection_layers
         pairs: list[tuple[Tensor, Tensor]] = []
@@ -145,9 +146,8 @@ class ImagePrompts(IPAdapterMixin):
                 pairs.append((unsaid[None], said[None]))
         else:
             self._check_number("ip_adapter_image_embeds", ip_adapter_image_embeds)
-            for embeds in ip_adapter_image_embeds:
-                unsaid, said = embeds.chunk(2) if do_classifier_free_guidance else (embeds, embeds)
-                pairs.append((unsaid, said))
+            self._check_halves(ip_adapter_image_embeds, do_classifier_free_guidance)
+            pairs = [(embeds[:1], embeds[-1:]) for embeds in ip_adapter_image_embeds]
         halves = slice(None) if do_classifier_free_guidance else slice(1, None)
         return [
             torch.cat([half for half in pair[halves] for _ in range(num_images_per_prompt)]).to(
@@ -188,9 +188,16 @@ class ImagePrompts(IPAdapterMixin):
         if not isinstance(embeds, list | tuple):
             raise UserError("ip_adapter_image_embeds must be a list, one tensor for each adapter")
         self._check_number("ip_adapter_image_embeds", embeds)
+        self._check_halves(embeds, request.guidance_scale > 1 and self._steerable)
+
+    def _check_halves(self, embeds: Sequence[Any], guides: bool) -> None:
+        """Raise `UserError` unless each entry is of one image: with guidance both halves, else the
+        prompted one, before which the negative one may stand."""
         for entry in embeds:
-            if getattr(entry, "ndim", 0) not in (3, 4):
+            shape = tuple(getattr(entry, "shape", ()))
+            if len(shape) not in (3, 4) or shape[0] not in ((2,) if guides else (1, 2)):
                 raise UserError(
-                    f"ip_adapter_image_embeds holds {tuple(getattr(entry, 'shape', ()))}; each must"
-                    " be [images, pictures, channels], as prepare_ip_adapter_image_embeds makes it"
+                    f"ip_adapter_image_embeds holds {shape}; each must be [{2 if guides else 1},"
+                    " pictures, channels], with guidance the negative half first, as"
+                    " prepare_ip_adapter_image_embeds makes it of one image"
                 )

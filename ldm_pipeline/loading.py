@@ -123,9 +123,10 @@ class FolderPipeline(DiffusionPipeline):
             )
         except UserError:
             raise
-        except (OSError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{source} cannot be loaded: {reason}") from error
+        except Exception as error:  # a damaged folder can break the libraries' readers in any way
+            known = isinstance(error, OSError | ValueError)
+            reason = " ".join(f"{'' if known else type(error).__name__ + ': '}{error}".split())
+            raise UserError(f"{source} cannot be loaded: {reason[:600]}") from error
         pipeline.register_to_config(_name_or_path=str(source))
         return pipeline
 

@@ -95,7 +95,7 @@ def read_recipe(path: Path) -> Recipe:
         raise UserError(f"{path} carries no settings: not drawn by ldm, or saved again by a tool")
     try:
         return Recipe.from_json(text)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"the settings inside {path} cannot be read: {error}") from error
 
 

@@ -31,7 +31,7 @@ from ldm_pipeline.diffusion.noise import Noise
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import autoencoder
 from ldm_pipeline.models.conditioning import time_ids
-from ldm_pipeline.models.precision import widen
+from ldm_pipeline.models.precision import widened
 from ldm_pipeline.pipeline import LatentDiffusionPipeline
 from ldm_pipeline.request import MASK_TENSORS, Request
 from ldm_pipeline.request_xl import (
@@ -284,14 +284,12 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
     ) -> Plan:
         """Where to start and what stays. A picture that another run left gets no noise."""
         assert isinstance(request, RequestXL)
-        if canvas is not None and not canvas.encoded:
-            widen(self.vae)
         goes_on = request.denoising_start is not None or request.latents is not None
         if canvas is None or request.paints or not goes_on:
             return super()._plan(request, canvas, run, course, noise, like)
         if request.latents is not None:
             return Plan(request.latents.to(like), course.times)
-        return Plan(canvas.latents(self.vae, request, noise, like), course.times)
+        return Plan(canvas.latents(self._encoder(canvas), request, noise, like), course.times)
 
     def _start(self, request: Request, z: Tensor | None, n: Tensor, course: Course) -> Plan:
         """Where the run starts; latents that another run left are taken as they are."""
@@ -300,10 +298,16 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
             return super()._start(request, z, n, course)
         return Plan(n if z is None else z, course.times)
 
+    def _encoder(self, canvas: Canvas | None) -> Any:
+        """The autoencoder that reads the canvas, in float32 where it has to; latents need none."""
+        if canvas is None or canvas.encoded:
+            return self.vae
+        return widened(self.vae, self._execution_device)
+
     def _decoded(self, z: Tensor, request: Request) -> Tensor:
         """Pictures [B, 3, H, W] in [-1, 1] of clean latents, watermarked where that is wanted."""
-        widen(self.vae)
-        images = autoencoder.decode(self.vae, z.to(self.vae.dtype), request.generator)
+        vae = widened(self.vae, z.device)
+        images = autoencoder.decode(vae, z.to(vae.dtype), request.generator)
         if self.watermark is not None:
             images = self.watermark.apply_watermark(images)
         return images

@@ -127,6 +127,7 @@ REFUSED = {
     + ", ".join(KEYS)
     + "; did you mean 'prompt'?",
     "{": "line 1: no JSON",
+    "[" * 20_000: "line 1: no JSON",
     "[]": "line 1: must be an object",
     '{"seed": 1}': "line 1: there is no prompt",
     '{"prompt": 3}': "line 1: prompt=3 must be a text",
@@ -141,7 +142,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("text", REFUSED)
+@pytest.mark.parametrize("text", REFUSED, ids=range(len(REFUSED)))
 def test_a_mistake_in_a_line_is_told_with_the_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text(text)
     with pytest.raises(UserError) as refused:

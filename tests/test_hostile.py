@@ -233,6 +233,26 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
         edit("text_encoder/config.json", quantization_config={"quant_method": "evil"}),
         "quantization_config",
     ),
+    "kernel for the text half of a CLIP": (
+        edit(
+            "text_encoder/config.json",
+            model_type="clip",
+            text_config={"model_type": "clip_text_model", "attn_implementation": "evil/kernel"},
+        ),
+        "names a kernel to fetch",
+    ),
+    "kernel by its inner name": (
+        edit("text_encoder/config.json", a=[{"b": {"_attn_implementation": "evil/kernel"}}]),
+        "names a kernel to fetch",
+    ),
+    "quantising library for a half": (
+        edit("text_encoder/config.json", text_config={"quantization_config": {"bits": 4}}),
+        "quantization_config",
+    ),
+    "auto_map in a half": (
+        edit("text_encoder/config.json", text_config={"auto_map": {"AutoModel": "evil.Evil"}}),
+        "auto_map",
+    ),
     # Pickles
     "nothing but pickles": (only_pickles, "only pickled weights"),
     "pickle called safetensors": (
@@ -356,6 +376,26 @@ def test_files(model: Path, tmp_path: Path, monkeypatch: Any, name: str) -> None
     spoil(tmp_path)
     monkeypatch.chdir(tmp_path)
     checked(tmp_path / "x.safetensors", tmp_path, message)
+
+
+DAMAGED: dict[str, Callable[[Path], None]] = {
+    "encoder of another width": edit("text_encoder/config.json", hidden_size=64),
+    "encoder of more words": edit("text_encoder/config.json", vocab_size=7),
+    "width that is no number": edit("text_encoder/config.json", hidden_size="x"),
+    "activation that there is not": edit("text_encoder/config.json", hidden_act="evil"),
+    "tokenizer that is empty": put("tokenizer/tokenizer.json", "{}"),
+    "schedule that there is not": edit("scheduler/scheduler_config.json", beta_schedule="evil"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_damaged_folders_are_named_in_one_line(model: Path, tmp_path: Path, name: str) -> None:
+    """Whatever the libraries raise over them; so they are in the command."""
+    shutil.copytree(model / "good", tmp_path / "bad")
+    DAMAGED[name](tmp_path / "bad")
+    with pytest.raises(UserError, match="bad cannot be loaded: ") as refusal:
+        ldm_pipeline.load(tmp_path / "bad")
+    assert "\n" not in str(refusal.value)
 
 
 def test_there_are_enough_of_them() -> None:

@@ -199,7 +199,9 @@ def test_a_failed_write_leaves_the_old_picture_and_nothing_else(
         PLAIN.to_json().replace('"cpu"', "[1]"),
         PLAIN.to_json().replace("128, 128", "128"),
         PLAIN.to_json().replace('"seed"', '"sead"'),
+        "[" * 20_000,
     ],
+    ids=range(11),
 )
 def test_a_forged_or_missing_recipe_is_one_clear_error(text: str | None, tmp_path: Path) -> None:
     chunks, exif = PngInfo(), Image.Exif()

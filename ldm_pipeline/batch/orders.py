@@ -119,7 +119,7 @@ def _entries(path: Path) -> list[tuple[str, dict[str, Any]]]:
 def _entry(line: str, place: str) -> dict[str, Any]:
     try:
         entry = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{place}no JSON ({error})") from error
     if not isinstance(entry, dict):
         raise UserError(f'{place}must be an object, such as {{"prompt": "a red star"}}')

@@ -77,11 +77,13 @@ def few_step_unet(
 
 
 def _copy(unet: nn.Module) -> nn.Module:
-    """The same modules once more, over the same memory."""
+    """The same modules once more, over the same memory; plain attention processors are shared."""
     shared: dict[int, Any] = {id(buffer): buffer for buffer in unet.buffers()}
     for weight in unet.parameters():
         plain = type(weight) is nn.Parameter
         shared[id(weight)] = nn.Parameter(weight.data, requires_grad=False) if plain else weight
+    processors = (getattr(module, "processor", None) for module in unet.modules())
+    shared |= {id(each): each for each in processors if not isinstance(each, nn.Module)}
     return copy.deepcopy(unet, shared)
 
 
@@ -91,7 +93,7 @@ def _state(unet: nn.Module) -> object:
         (
             name,
             type(module),
-            [(k, v) for k, v in vars(module).items() if isinstance(v, str | float | bool | None)],
+            [(k, repr(v)) for k, v in vars(module).items() if _is_setting(v)],
             [
                 (k, w.data_ptr(), w.dtype, w.device)
                 for k, w in module.named_parameters(recurse=False)
@@ -102,6 +104,13 @@ def _state(unet: nn.Module) -> object:
         )
         for name, module in unet.named_modules()
     ]
+
+
+def _is_setting(value: object) -> bool:
+    """Whether a module's attribute is a plain value, or a list of them as IP-Adapters' scales."""
+    if isinstance(value, list | tuple):
+        return all(map(_is_setting, value))
+    return isinstance(value, str | int | float | None)
 
 
 def _adapting(layer: Any) -> object:

@@ -61,7 +61,7 @@ def read_note(file: str | os.PathLike[str]) -> LcmNote:
         return LcmNote()
     try:
         note = LcmNote(**json.loads(text))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise UserError(f"{file}: {KEY!r} in its header cannot be read ({error})") from error
     scaling, steps = note.timestep_scaling, note.original_steps
     sound = (

@@ -1,8 +1,8 @@
 """Autoencoders in float16, whose numbers end at 65,504: what overflows is computed anew in float32.
 
-Every picture is looked at by itself, and the autoencoder stays as it is: so a picture is the same
-alone, in any batch, and whatever was drawn before it. An autoencoder whose configuration says that
-it overflows (`force_upcast`) is not tried first, but kept in float32 from the start.
+Every picture is looked at by itself, and the autoencoder, which other pipelines may share, stays as
+it is: so a picture is the same alone, in any batch, and whatever was drawn before it. SDXL's, whose
+configuration says that it overflows (`force_upcast`), is not tried first (`widened`).
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from accelerate.utils.modeling import get_state_dict_offloaded_model
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
-_widening = threading.Lock()
+_telling = threading.Lock()
 _told: WeakSet[nn.Module] = WeakSet()
 """The autoencoders of which was said that they overflow."""
 
@@ -34,30 +35,42 @@ def finite(vae: Any, x: Tensor, ask: Callable[[Any, Tensor], Tensor]) -> Tensor:
     whole = answer.isfinite().flatten(1).all(dim=1)
     if whole.all():
         return answer
-    with _widening:
-        if vae not in _told:
-            _told.add(vae)
-            logger.warning("this autoencoder overflows in float16: such pictures take float32")
+    _tell(vae, "such pictures take float32")
     lost = ~whole
     answer = answer.float()
     answer[lost] = ask(_wide(vae, x.device), x[lost].float())
     return answer
 
 
-def widen(vae: Any) -> None:
-    """Keep an autoencoder that is known to overflow in float16 in float32 from here on."""
-    with _widening:
-        if vae.dtype == torch.float16 and vae.config.force_upcast:
-            logger.warning("this autoencoder overflows in float16; it is kept in float32 from here")
-            vae.to(torch.float32)
+def widened(vae: Any, device: torch.device) -> Any:
+    """What to compute with on `device`: `vae`, or where it is known to overflow in float16, and is
+    in it, a float32 copy of its weights as they are now."""
+    if vae.dtype != torch.float16 or not vae.config.force_upcast:
+        return vae
+    _tell(vae, "it is computed with in float32")
+    return _wide(vae, device)
+
+
+def _tell(vae: nn.Module, so: str) -> None:
+    """Say once of an autoencoder that it overflows, and what is done about it."""
+    with _telling:
+        if vae not in _told:
+            _told.add(vae)
+            logger.warning("this autoencoder overflows in float16: %s", so)
 
 
 def _wide(vae: Any, device: torch.device) -> Any:
     """A float32 copy of `vae` on `device`, with its settings, under no hooks; it takes no time that
     one would see beside decoding, and is not kept."""
+    vae = getattr(vae, "_orig_mod", vae)  # torch.compile's wrapper holds it
+    if hasattr(vae, "_hf_hook"):
+        vae._hf_hook.pre_forward(vae)  # as before its own methods: offloaded networks make room
     with torch.device("meta"):
         made = type(vae).from_config(vae.config)
-    weights = {name: tensor.to(device, torch.float32) for name, tensor in vae.state_dict().items()}
-    made.load_state_dict(weights, assign=True)
+    weights = vae.state_dict()
+    if any(tensor.is_meta for tensor in weights.values()):  # its layers come and go
+        weights = get_state_dict_offloaded_model(vae)
+    own = {name: weights[name].to(device, torch.float32) for name in made.state_dict()}
+    made.load_state_dict(own, assign=True)
     vars(made).update({k: v for k, v in vars(vae).items() if isinstance(v, bool | int | float)})
     return made

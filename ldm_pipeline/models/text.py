@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers.utils.peft_utils import scale_lora_layers, unscale_lora_layers
+from diffusers.utils.peft_utils import scale_lora_layers
 from torch import Tensor
 from transformers import (
     BatchEncoding,
@@ -205,12 +205,22 @@ def adapter_scale(model: torch.nn.Module | None, scale: float | None) -> Iterato
     if model is None or not has_adapters(model):
         yield
         return
-    with _scaling:
+    with _scaling, scaling_kept(model):
         scale_lora_layers(model, 1.0 if scale is None else scale)
-        try:
-            yield
-        finally:
-            unscale_lora_layers(model, scale)
+        yield
+
+
+@contextmanager
+def scaling_kept(model: torch.nn.Module) -> Iterator[None]:
+    """After the block the adapter layers of `model` count as before, to the last bit. Diffusers
+    divides by its scale instead, and after 0 forgets the weight with which they were attached."""
+    every = [getattr(module, "scaling", None) for module in model.modules()]
+    kept = [(scaling, {**scaling}) for scaling in every if isinstance(scaling, dict)]
+    try:
+        yield
+    finally:
+        for scaling, before in kept:
+            scaling.update(before)
 
 
 def has_adapters(model: torch.nn.Module) -> bool:

@@ -218,6 +218,19 @@ def _check_shards(folder: Path, file: Path, shards: Any) -> None:
 
 
 def _refuse_code(place: object, contents: Mapping[str, Any]) -> None:
+    """Refuse what names code, at any depth: transformers takes a text model's settings from the
+    entry `text_config` of those of a whole CLIP."""
+    pending: list[Any] = [contents]
+    while pending:
+        entry = pending.pop()
+        if isinstance(entry, list):
+            pending += entry
+        elif isinstance(entry, Mapping):
+            pending += entry.values()
+            _refuse_code_here(place, entry)
+
+
+def _refuse_code_here(place: object, contents: Mapping[str, Any]) -> None:
     if "auto_map" in contents:
         raise UserError(f"{place} names code of its own (auto_map); that is refused, take it out")
     for key in ("attn_implementation", "_attn_implementation"):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from ldm_pipeline.diffusion.denoiser import Network
-from ldm_pipeline.models.text import has_adapters
+from ldm_pipeline.models.text import has_adapters, scaling_kept
 
 # Adapter layers are rescaled in place during a call, so calls on adapted UNets take turns.
 _adapted = threading.Lock()
@@ -63,7 +63,7 @@ def bind(
     def network(x: Tensor, t: Tensor) -> Tensor:
         if not has_adapters(unet):
             return call(x, t)
-        with _adapted:
+        with _adapted, scaling_kept(unet) if "scale" in (attention or {}) else nullcontext():
             return call(x, t)
 
     return network

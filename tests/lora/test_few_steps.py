@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import LCMScheduler, StableDiffusionPipeline, TCDScheduler
+from diffusers.models.attention_processor import AttnProcessor2_0
 from huggingface_hub import constants
+from safetensors.torch import save_file
 
 from ldm_pipeline import LatentDiffusionPipeline
 from ldm_pipeline.errors import UserError
@@ -28,6 +30,7 @@ from ldm_pipeline.models import bundled
 from tests.conftest import tiny_unet
 from tests.lora.conftest import BLOCKS
 from tests.lora.test_attach import same, snapshot
+from tests.parity.features import adapter_weights
 
 Build = Callable[..., dict[str, Any]]
 
@@ -97,16 +100,18 @@ def test_unless_told_otherwise_it_takes_four_steps_without_guidance(pipe: Any, m
     assert rows == [2] * 50
 
 
+@pytest.mark.parametrize("factor", [0, 0.3, 0.5])
 @pytest.mark.parametrize("beside", [False, True])
-def test_it_leaves_no_trace(pipe: Any, make: Any, beside: bool) -> None:
+def test_it_leaves_no_trace(pipe: Any, make: Any, beside: bool, factor: float) -> None:
     """No module, weight, active adapter or flag of the pipeline changes, nor its pictures."""
     if beside:
         attach(pipe, [(make("style", seed=1), 0.7)])
-    scale = {"cross_attention_kwargs": {"scale": 0.5}}
+    scale = {"cross_attention_kwargs": {"scale": factor}}
     before, plain, scaled = snapshot(pipe), draw(pipe), draw(pipe, **scale)
     flags = [p.requires_grad for p in pipe.unet.parameters()]
     scheduler = pipe.scheduler
     few = draw(pipe, lcm=make("few"))
+    assert not torch.equal(draw(pipe, lcm=make("few"), **scale), few)
     assert same(before, snapshot(pipe))
     assert flags == [p.requires_grad for p in pipe.unet.parameters()]
     assert pipe.scheduler is scheduler
@@ -152,6 +157,42 @@ def test_it_draws_with_the_weights_as_they_are_now(pipe: Any, make: Any) -> None
     pipe.to(torch.float32)
     make("few", seed=4)
     assert (draw(pipe, lcm=few) - changed).abs().max() > 1e-3
+
+
+def test_it_draws_with_the_image_prompt_s_scale_as_it_is_now(
+    pipe: Any, make: Any, tmp_path: Path
+) -> None:
+    """Whether stock's method sets it, for one block or for all, or a list takes its place."""
+    save_file(adapter_weights(pipe.unet), tmp_path / "ip.safetensors")
+    pipe.load_ip_adapter(str(tmp_path), "", "ip.safetensors", image_encoder_folder=None)
+    shown = torch.randn(1, 1, 16, generator=torch.Generator().manual_seed(1))
+    told = {"lcm": make("few"), "ip_adapter_image_embeds": [shown]}
+    first = draw(pipe, **told)
+    drawn = [first]
+    for scale in (0.0, {"mid": 1.0}):
+        pipe.set_ip_adapter_scale(scale)
+        drawn.append(draw(pipe, **told))
+        assert not any(torch.equal(drawn[-1], other) for other in drawn[:-1])
+    for processor in pipe.unet.attn_processors.values():
+        if hasattr(processor, "scale"):
+            processor.scale = [1.0]
+    assert torch.equal(draw(pipe, **told), first)
+
+
+def test_it_draws_with_the_attention_processors_as_they_are_now(pipe: Any, make: Any) -> None:
+    """What a processor of another's making keeps on itself is not copied."""
+
+    class Counting(AttnProcessor2_0):
+        calls = 0
+
+        def __call__(self, *told: Any, **named: Any) -> Any:
+            self.calls += 1
+            return super().__call__(*told, **named)
+
+    counting = Counting()
+    pipe.unet.set_attn_processor(counting)
+    draw(pipe, lcm=make("few"))
+    assert counting.calls > 0
 
 
 def test_what_is_kept_goes_with_the_pipeline(tiny: Build, make: Any) -> None:
@@ -279,7 +320,8 @@ def test_mistakes_are_refused_before_anything_is_drawn(pipe: Any, make: Any) -> 
 @pytest.mark.parametrize(
     "text",
     ["[", "3", '{"steps": 3}', '{"original_steps": 0}', '{"original_steps": 4.5}',
-     '{"timestep_scaling": -1}', '{"timestep_scaling": "a"}', '{"base": 3}'],
+     '{"timestep_scaling": -1}', '{"timestep_scaling": "a"}', '{"base": 3}', "[" * 20_000],
+    ids=range(9),
 )  # fmt: skip
 def test_a_note_that_makes_no_sense_is_refused(make: Any, text: str) -> None:
     file: Path = make("few", note=LcmNote("some"))

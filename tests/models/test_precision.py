@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, cpu_offload_with_hook
+from diffusers import StableDiffusionXLImg2ImgPipeline, StableDiffusionXLPipeline
 from torch import Tensor
 
 from ldm_pipeline import LatentDiffusionPipeline, LatentDiffusionXLPipeline, Memory
@@ -106,15 +108,66 @@ def test_a_pipeline_in_float16_draws(
     assert drawn.float().std() > 0.01, "a picture, not one grey"
 
 
-def test_one_that_says_so_is_kept_wide(tiny_xl: Build, caplog: pytest.LogCaptureFixture) -> None:
-    """Stock SDXL widens it for each picture; it is done once here, and said once."""
+@pytest.fixture
+def half_xl(tiny_xl: Build) -> Any:
+    """An SDXL pipeline in float16, whose autoencoder says that it overflows in it."""
     pipe = LatentDiffusionXLPipeline(**tiny_xl(), add_watermarker=False).to(torch.float16)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.vae.config.force_upcast
+    return pipe
+
+
+def shown(pipe: Any, **told: Any) -> Tensor:
+    """One picture of one step."""
+    generator = torch.Generator().manual_seed(1)
+    chosen = {"num_inference_steps": 1, "output_type": "pt", "generator": generator, **told}
+    drawn: Tensor = pipe("a red star", **chosen).images
+    assert drawn.isfinite().all()
+    return drawn
+
+
+@pytest.mark.parametrize("out_of", ["words", "picture"])
+def test_stock_draws_the_same_with_the_autoencoder_that_it_shares(
+    half_xl: Any, out_of: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Before and after ours, and where its weights were changed between; ours says once that it
+    takes float32."""
+    told: dict[str, Any] = {}
+    kind: Any = StableDiffusionXLPipeline
+    if out_of == "picture":
+        pixels = torch.rand(1, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+        kind, told = StableDiffusionXLImg2ImgPipeline, {"image": pixels, "strength": 1.0}
+    stock = kind(**half_xl.components, add_watermarker=False)
+    stock.set_progress_bar_config(disable=True)
     caplog.clear()
+    drawn = []
     for _ in range(2):
-        drawn = pipe("a red star", num_inference_steps=1, output_type="pt").images
-        assert drawn.isfinite().all()
-    assert pipe.vae.dtype == torch.float32
-    assert pipe.unet.dtype == torch.float16
-    assert caplog.text.count("kept in float32 from here") == 1
+        drawn.append(shown(stock, **told))
+        # Stock scales a picture's latents after it rounds them to float16's 11 bits, ours before.
+        apart = 0.0 if out_of == "words" else 4 * 2**-11
+        assert (shown(half_xl, **told) - drawn[-1]).abs().max() <= apart
+        assert torch.equal(shown(stock, **told), drawn[-1])
+        assert half_xl.vae.dtype == half_xl.unet.dtype == torch.float16
+        with torch.no_grad():
+            half_xl.vae.decoder.conv_out.weight.mul_(1.5)
+    assert not torch.equal(*drawn)
+    assert caplog.text.count("it is computed with in float32") == 1
+
+
+@pytest.mark.parametrize("how", ["fused", "wrapped", "offloaded", "layer by layer"])
+def test_it_is_widened_whatever_was_done_to_it(half_xl: Any, how: str) -> None:
+    """An offloaded one lets the others make room before it decodes, as its own methods do."""
+    plain = shown(half_xl)
+    if how == "fused":
+        half_xl.fuse_qkv_projections(unet=False)
+    elif how == "wrapped":
+        half_xl.vae = torch.compile(half_xl.vae)
+    elif how == "offloaded":
+        cpu_offload_with_hook(half_xl.vae, torch.device("cpu"))
+        asked: list[Any] = []
+        half_xl.vae._hf_hook.pre_forward = asked.append
+    else:
+        cpu_offload(half_xl.vae, torch.device("cpu"))
+        assert half_xl.vae.decoder.conv_out.weight.is_meta
+    assert torch.equal(shown(half_xl), plain)
+    assert how != "offloaded" or asked

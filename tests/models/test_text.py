@@ -112,3 +112,11 @@ def test_adapter_scale(tiny: Callable[..., dict[str, Any]]) -> None:
     with pytest.raises(ZeroDivisionError), text.adapter_scale(encoder, 0.5):
         raise ZeroDivisionError
     assert torch.equal(encode(), full), "the scale is given back after an error too"
+    for module in encoder.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("default", 0.7)
+    softer = encode()
+    for scale in (0.0, 0.3):
+        with text.adapter_scale(encoder, scale):
+            assert not torch.equal(encode(), softer)
+        assert torch.equal(encode(), softer), "the weight that it was attached with stays"
