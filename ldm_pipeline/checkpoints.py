@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.loading import fetched_index, one_dtype, single_file
+from ldm_pipeline.loading import one_dtype, single_file
 from ldm_pipeline.models import bundled, folders, small_decoder
+from ldm_pipeline.models.hub import fetched_index
 from ldm_pipeline.models.original.families import SDXL
 from ldm_pipeline.pipeline import LatentDiffusionPipeline
 from ldm_pipeline.pipeline_xl import LatentDiffusionXLPipeline

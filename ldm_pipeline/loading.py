@@ -18,13 +18,11 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers import __version__ as diffusers_version
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import hf_hub_download
-from huggingface_hub.constants import HF_HUB_OFFLINE
-from huggingface_hub.errors import OfflineModeIsEnabled
 from packaging import version
 
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.models import bundled, folders
+from ldm_pipeline.models.hub import fetched_index, reaching
 from ldm_pipeline.models.original.checkpoint import Checkpoint, open_checkpoint
 from ldm_pipeline.models.quantising import quantised
 from ldm_pipeline.models.schedulers import scheduler_class
@@ -255,35 +253,19 @@ def single_file(
     return open_checkpoint(file, prediction_type=prediction_type, tokenizer=folder, given=given)
 
 
-def fetched_index(hub_id: str, **told: Any) -> dict[str, Any]:
-    """The `model_index.json` of a hub model, checked, before anything else of it is fetched."""
-    with _hub(hub_id, told["local_files_only"]):
-        file = Path(hf_hub_download(hub_id, folders.INDEX, **told))
-    return folders.index(file.parent)
-
-
 def _fetched(cls: type[FolderPipeline], hub_id: str, **told: Any) -> Path:
     """The folder of a hub model, downloaded or in the cache; `UserError` where there is no way."""
-    with _hub(hub_id, told["local_files_only"]):
+    with _quiet(), reaching(hub_id, told["local_files_only"]):
         return Path(cls.download(hub_id, use_safetensors=True, **told))
 
 
 @contextmanager
-def _hub(hub_id: str, local: bool) -> Iterator[None]:
-    """Within the block, what the hub cannot give ends in one line."""
+def _quiet() -> Iterator[None]:
+    """Within the block, diffusers warns of nothing: what it would is in our one line."""
     loudness = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()  # what it warns of is in our one line
+    diffusers_logging.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError) as error:
-        root = error.__cause__ or error
-        offline = local or isinstance(root, OfflineModeIsEnabled) or HF_HUB_OFFLINE
-        why = "offline, and not in the cache" if offline else str(root).strip().partition("\n")[0]
-        raise UserError(
-            f"there is no model folder {hub_id}, and as a hub id it could not be fetched ({why}); "
-            "name a folder in Diffusers layout, a .safetensors file, or a model of the hub as"
-            " owner/name"
-        ) from error
     finally:
         diffusers_logging.set_verbosity(loudness)
 
