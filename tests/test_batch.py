@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 from ldm_pipeline import cli
 from ldm_pipeline.batch import __main__ as program
 from ldm_pipeline.batch.orders import KEYS, Order, once, read_orders, share
+from ldm_pipeline.commands import steps
 from ldm_pipeline.commands.digests import changed, digests_of
+from ldm_pipeline.commands.sources import Source, find
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.picture_files import read_recipe
 
@@ -120,6 +122,29 @@ def test_a_text_file_is_one_prompt_a_line(tmp_path: Path) -> None:
     assert [(order.prompt, order.seed) for order in found] == [
         ("a red star", 5), ("a red star", 6), ("a blue house", 5), ("a blue house", 6),
     ]  # fmt: skip
+
+
+def test_what_is_usual_of_a_model_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not for every line."""
+    read: list[str] = []
+
+    def counted(name: str) -> Source:
+        read.append(name)
+        return find(name)
+
+    monkeypatch.setattr(steps, "find", counted)
+    write_lines(tmp_path / "prompts.jsonl", LINES)
+    told = [order.args for order in orders(str(tmp_path / "prompts.jsonl"))]
+    assert read == ["bundled"]
+    assert [(own.steps, own.guidance) for own in told] == [
+        (25, 3.0),
+        (25, 3.0),
+        (2, 3.0),
+        (25, 3.0),
+        (25, 1.0),
+    ]
 
 
 REFUSED = {
