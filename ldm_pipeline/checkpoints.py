@@ -20,6 +20,7 @@ from ldm_pipeline.models.hub import fetched_index
 from ldm_pipeline.models.original.families import SDXL
 from ldm_pipeline.pipeline import LatentDiffusionPipeline
 from ldm_pipeline.pipeline_xl import LatentDiffusionXLPipeline
+from ldm_pipeline.stock_arguments import check_no_code
 
 
 def load(
@@ -35,6 +36,8 @@ def load(
     prediction_type: str | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     decoder: str | os.PathLike[str] | None = None,
+    custom_pipeline: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> LatentDiffusionPipeline:
     """The pipeline for the model that `source` names: Stable Diffusion 1.x, 2.x or SDXL.
 
@@ -44,8 +47,10 @@ def load(
     are for single files: what the UNet predicts ("epsilon" or "v_prediction"), and a folder with
     CLIP's vocabulary, where the file and this machine do not tell. `decoder` is the folder of a
     small autoencoder (`AutoencoderTiny`) to take in place of the model's own; "small" is the one
-    of the bundled model. Raises `UserError`, one line, for what cannot be opened, or not safely.
+    of the bundled model. Raises `UserError`, one line, for what cannot be opened, or not safely,
+    and where `custom_pipeline` or `trust_remote_code` ask for code of others.
     """
+    check_no_code(custom_pipeline, trust_remote_code)
     place = bundled.folder() if source == "bundled" else Path(source).expanduser()
     dtype = one_dtype(dtype, torch_dtype)
     parts: dict[str, Any] = {}

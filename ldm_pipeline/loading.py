@@ -27,10 +27,14 @@ from ldm_pipeline.models.original.checkpoint import Checkpoint, open_checkpoint
 from ldm_pipeline.models.quantising import quantised
 from ldm_pipeline.models.schedulers import scheduler_class
 from ldm_pipeline.models.trust import components
+from ldm_pipeline.stock_arguments import (
+    FROM_FOLDER,
+    check_no_code,
+    check_safe,
+    heard,
+    of_a_file,
+)
 from ldm_pipeline.values import DTYPES
-
-FROM_FOLDER: Any = object()
-"""Stands for "load this component from the folder", since None means "leave it out"."""
 
 
 class FolderPipeline(DiffusionPipeline):
@@ -55,7 +59,12 @@ class FolderPipeline(DiffusionPipeline):
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         device_map: str | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        offload_folder: str | os.PathLike[str] | None = None,
+        offload_state_dict: bool | None = None,
+        low_cpu_mem_usage: bool = True,
         vae: Any = FROM_FOLDER,
         text_encoder: Any = FROM_FOLDER,
         text_encoder_2: Any = FROM_FOLDER,
@@ -66,19 +75,25 @@ class FolderPipeline(DiffusionPipeline):
         safety_checker: Any = FROM_FOLDER,
         feature_extractor: Any = FROM_FOLDER,
         image_encoder: Any = FROM_FOLDER,
-        requires_safety_checker: bool = False,
-        use_safetensors: bool = True,
+        requires_safety_checker: bool = FROM_FOLDER,
+        add_watermarker: bool | None = FROM_FOLDER,
+        force_zeros_for_empty_prompt: bool = FROM_FOLDER,
+        requires_aesthetics_score: bool = FROM_FOLDER,
+        use_safetensors: bool | None = True,
+        custom_pipeline: str | os.PathLike[str] | None = None,
+        trust_remote_code: bool = False,
     ) -> Self:
         """The pipeline in a Diffusers folder, ours or stock, or of a hub id.
 
         `dtype` (`torch_dtype` is its older name), torch's or its name, is float32 unless given,
         whatever the files hold. Components that are passed are used instead of the folder's; None
         leaves one out. A folder whose weights all come in one variant ("fp16") needs no `variant`.
+        The other arguments are stock's; a setting that only other pipelines have does nothing.
         Raises `UserError` for a missing or incomplete folder, for a model of another shape, for
         one that holds only pickled weights, and for one that wants to run its own code.
         """
-        if not use_safetensors:
-            raise UserError("use_safetensors=False is refused: a pickle can run any program")
+        check_safe(use_safetensors)
+        check_no_code(custom_pipeline, trust_remote_code)
         dtype = one_dtype(dtype, torch_dtype)
         given = {
             "vae": vae,
@@ -92,18 +107,21 @@ class FolderPipeline(DiffusionPipeline):
             "feature_extractor": feature_extractor,
             "image_encoder": image_encoder,
         }
-        given = {name: part for name, part in given.items() if part is not FROM_FOLDER}
+        settings = {
+            "requires_safety_checker": requires_safety_checker,
+            "add_watermarker": add_watermarker,
+            "force_zeros_for_empty_prompt": force_zeros_for_empty_prompt,
+            "requires_aesthetics_score": requires_aesthetics_score,
+        }
         own = cls._get_signature_types()
-        for name in sorted(given.keys() - own.keys()):
-            raise UserError(f"{cls.__name__} has no {name}; leave it out")
-        settings = {"requires_safety_checker": requires_safety_checker}
-        settings = {name: value for name, value in settings.items() if name in own}
+        given = heard(cls.__name__, own, given)
+        settings = heard(cls.__name__, own, settings)
         source = pretrained_model_name_or_path
         try:
             folder = Path(source).expanduser()
             if not folder.is_dir():
                 hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
-                hub["local_files_only"] = local_files_only
+                hub |= {"local_files_only": local_files_only, "force_download": force_download}
                 fetched_index(str(source), **hub)
                 folder = _fetched(cls, str(source), variant=variant, **hub, **given)
             folders.check(folder, own, given)
@@ -115,6 +133,10 @@ class FolderPipeline(DiffusionPipeline):
                 **dtype_argument(dtype),
                 variant=variant or folders.only_variant(folder),
                 device_map=device_map,
+                max_memory=max_memory,
+                offload_folder=offload_folder,
+                offload_state_dict=offload_state_dict,
+                low_cpu_mem_usage=low_cpu_mem_usage,
                 use_safetensors=True,
                 **settings,
                 **given,
@@ -141,12 +163,12 @@ class FolderPipeline(DiffusionPipeline):
         """The pipeline in one `.safetensors` file in the original layout, without any network.
 
         `parts` are used instead of the file's, by their components' names. `tokenizer_folder` has
-        CLIP's vocabulary, where neither the file nor this machine has it. Raises `UserError` for
-        files of another kind or family, and where a part is missing.
+        CLIP's vocabulary, where neither the file nor this machine has it. What else stock takes is
+        let pass (see `stock_arguments.py`). Raises `UserError` for files of another kind or family,
+        and where a part is missing.
         """
-        own = cls._get_signature_types()
-        for name in sorted(parts.keys() - own.keys()):
-            raise UserError(f"{cls.__name__} has no {name}; leave it out")
+        parts = of_a_file(cls.__name__, parts)
+        parts = heard(cls.__name__, cls._get_signature_types(), parts)
         file = Path(pretrained_model_link_or_path).expanduser()
         if not file.is_file():
             raise UserError(f"there is no file {file}; a hub id is opened with from_pretrained")
