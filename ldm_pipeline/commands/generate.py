@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = replace(
         recipe,
         origin=given.origin if given is not None else None,
-        digests=digests_of(loras, args.lcm, args.decoder),
+        digests=digests_of(source, loras, args.lcm, args.decoder),
     )
     output = check_output(args, prompts)
     longest = replace(recipe, prompts=(max(prompts, key=len),))
