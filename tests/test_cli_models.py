@@ -64,7 +64,9 @@ def test_the_command_draws_what_the_pipeline_does(
     words = ["generate", "a red star", "--model=model", "--steps=3", "--seed=5", "--plain"]
     code, _, err = ldm(*words, *flags, "-o", "b.png")
     assert code == 0, err
-    opened = {k: Image.open(v) if isinstance(v, str) else v for k, v in told.items()}
+    opened: dict[str, Any] = {
+        k: Image.open(v) if isinstance(v, str) else v for k, v in told.items()
+    }
     pipe = ldm_pipeline.load("model")
     (wanted,) = pipe("a red star", num_inference_steps=3, seed=5, **opened).images
     with Image.open("b.png") as found:
