@@ -73,7 +73,7 @@ def test_what_a_header_says_besides_is_carried_over(ldm: Ldm, tmp_path: Path) ->
     assert "sshs_model_hash" not in inspect("c.safetensors").texts
 
 
-@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+@pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
 def test_how_an_adapter_was_distilled_stays_in_every_layout(layout: str, tmp_path: Path) -> None:
     note = LcmNote("some", 40, 5.0)
     place = tmp_path / ("a" if layout == "peft" else "a.safetensors")
