@@ -14,11 +14,13 @@ from typing import Any
 import torch
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.loading import fetched_index, one_dtype, single_file
+from ldm_pipeline.loading import one_dtype, single_file
 from ldm_pipeline.models import bundled, folders, small_decoder
+from ldm_pipeline.models.hub import fetched_index
 from ldm_pipeline.models.original.families import SDXL
 from ldm_pipeline.pipeline import LatentDiffusionPipeline
 from ldm_pipeline.pipeline_xl import LatentDiffusionXLPipeline
+from ldm_pipeline.stock_arguments import check_no_code
 
 
 def load(
@@ -34,6 +36,8 @@ def load(
     prediction_type: str | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     decoder: str | os.PathLike[str] | None = None,
+    custom_pipeline: str | os.PathLike[str] | None = None,
+    trust_remote_code: bool = False,
 ) -> LatentDiffusionPipeline:
     """The pipeline for the model that `source` names: Stable Diffusion 1.x, 2.x or SDXL.
 
@@ -44,8 +48,9 @@ def load(
     CLIP's vocabulary, where the file and this machine do not tell. `decoder` is the folder of a
     small autoencoder (`AutoencoderTiny`) to take in place of the model's own; "small" is the
     bundled model's, where it has one. Raises `UserError`, one line, for what cannot be opened, or
-    not safely.
+    not safely, and where `custom_pipeline` or `trust_remote_code` ask for code of others.
     """
+    check_no_code(custom_pipeline, trust_remote_code)
     place = bundled.folder() if source == "bundled" else Path(source).expanduser()
     dtype = one_dtype(dtype, torch_dtype)
     parts: dict[str, Any] = {}

@@ -18,21 +18,23 @@ import torch
 from diffusers import DiffusionPipeline
 from diffusers import __version__ as diffusers_version
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub import hf_hub_download
-from huggingface_hub.constants import HF_HUB_OFFLINE
-from huggingface_hub.errors import OfflineModeIsEnabled
 from packaging import version
 
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.models import bundled, folders
+from ldm_pipeline.models.hub import fetched_index, reaching
 from ldm_pipeline.models.original.checkpoint import Checkpoint, open_checkpoint
 from ldm_pipeline.models.quantising import quantised
 from ldm_pipeline.models.schedulers import scheduler_class
 from ldm_pipeline.models.trust import components
+from ldm_pipeline.stock_arguments import (
+    FROM_FOLDER,
+    check_no_code,
+    check_safe,
+    heard,
+    of_a_file,
+)
 from ldm_pipeline.values import DTYPES
-
-FROM_FOLDER: Any = object()
-"""Stands for "load this component from the folder", since None means "leave it out"."""
 
 
 class FolderPipeline(DiffusionPipeline):
@@ -57,7 +59,12 @@ class FolderPipeline(DiffusionPipeline):
         cache_dir: str | os.PathLike[str] | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
+        force_download: bool = False,
         device_map: str | None = None,
+        max_memory: Mapping[int | str, int | str] | None = None,
+        offload_folder: str | os.PathLike[str] | None = None,
+        offload_state_dict: bool | None = None,
+        low_cpu_mem_usage: bool = True,
         vae: Any = FROM_FOLDER,
         text_encoder: Any = FROM_FOLDER,
         text_encoder_2: Any = FROM_FOLDER,
@@ -68,19 +75,25 @@ class FolderPipeline(DiffusionPipeline):
         safety_checker: Any = FROM_FOLDER,
         feature_extractor: Any = FROM_FOLDER,
         image_encoder: Any = FROM_FOLDER,
-        requires_safety_checker: bool = False,
-        use_safetensors: bool = True,
+        requires_safety_checker: bool = FROM_FOLDER,
+        add_watermarker: bool | None = FROM_FOLDER,
+        force_zeros_for_empty_prompt: bool = FROM_FOLDER,
+        requires_aesthetics_score: bool = FROM_FOLDER,
+        use_safetensors: bool | None = True,
+        custom_pipeline: str | os.PathLike[str] | None = None,
+        trust_remote_code: bool = False,
     ) -> Self:
         """The pipeline in a Diffusers folder, ours or stock, or of a hub id.
 
         `dtype` (`torch_dtype` is its older name), torch's or its name, is float32 unless given,
         whatever the files hold. Components that are passed are used instead of the folder's; None
         leaves one out. A folder whose weights all come in one variant ("fp16") needs no `variant`.
+        The other arguments are stock's; a setting that only other pipelines have does nothing.
         Raises `UserError` for a missing or incomplete folder, for a model of another shape, for
         one that holds only pickled weights, and for one that wants to run its own code.
         """
-        if not use_safetensors:
-            raise UserError("use_safetensors=False is refused: a pickle can run any program")
+        check_safe(use_safetensors)
+        check_no_code(custom_pipeline, trust_remote_code)
         dtype = one_dtype(dtype, torch_dtype)
         given = {
             "vae": vae,
@@ -94,18 +107,21 @@ class FolderPipeline(DiffusionPipeline):
             "feature_extractor": feature_extractor,
             "image_encoder": image_encoder,
         }
-        given = {name: part for name, part in given.items() if part is not FROM_FOLDER}
+        settings = {
+            "requires_safety_checker": requires_safety_checker,
+            "add_watermarker": add_watermarker,
+            "force_zeros_for_empty_prompt": force_zeros_for_empty_prompt,
+            "requires_aesthetics_score": requires_aesthetics_score,
+        }
         own = cls._get_signature_types()
-        for name in sorted(given.keys() - own.keys()):
-            raise UserError(f"{cls.__name__} has no {name}; leave it out")
-        settings = {"requires_safety_checker": requires_safety_checker}
-        settings = {name: value for name, value in settings.items() if name in own}
+        given = heard(cls.__name__, own, given)
+        settings = heard(cls.__name__, own, settings)
         source = pretrained_model_name_or_path
         try:
             folder = Path(source).expanduser()
             if not folder.is_dir():
                 hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
-                hub["local_files_only"] = local_files_only
+                hub |= {"local_files_only": local_files_only, "force_download": force_download}
                 fetched_index(str(source), **hub)
                 folder = _fetched(cls, str(source), variant=variant, **hub, **given)
             folders.check(folder, own, given)
@@ -117,6 +133,10 @@ class FolderPipeline(DiffusionPipeline):
                 **dtype_argument(dtype),
                 variant=variant or folders.only_variant(folder),
                 device_map=device_map,
+                max_memory=max_memory,
+                offload_folder=offload_folder,
+                offload_state_dict=offload_state_dict,
+                low_cpu_mem_usage=low_cpu_mem_usage,
                 use_safetensors=True,
                 **settings,
                 **given,
@@ -144,12 +164,12 @@ class FolderPipeline(DiffusionPipeline):
         """The pipeline in one `.safetensors` file in the original layout, without any network.
 
         `parts` are used instead of the file's, by their components' names. `tokenizer_folder` has
-        CLIP's vocabulary, where neither the file nor this machine has it. Raises `UserError` for
-        files of another kind or family, and where a part is missing.
+        CLIP's vocabulary, where neither the file nor this machine has it. What else stock takes is
+        let pass (see `stock_arguments.py`). Raises `UserError` for files of another kind or family,
+        and where a part is missing.
         """
-        own = cls._get_signature_types()
-        for name in sorted(parts.keys() - own.keys()):
-            raise UserError(f"{cls.__name__} has no {name}; leave it out")
+        parts = of_a_file(cls.__name__, parts)
+        parts = heard(cls.__name__, cls._get_signature_types(), parts)
         file = Path(pretrained_model_link_or_path).expanduser()
         if not file.is_file():
             raise UserError(f"there is no file {file}; a hub id is opened with from_pretrained")
@@ -256,35 +276,19 @@ def single_file(
     return open_checkpoint(file, prediction_type=prediction_type, tokenizer=folder, given=given)
 
 
-def fetched_index(hub_id: str, **told: Any) -> dict[str, Any]:
-    """The `model_index.json` of a hub model, checked, before anything else of it is fetched."""
-    with _hub(hub_id, told["local_files_only"]):
-        file = Path(hf_hub_download(hub_id, folders.INDEX, **told))
-    return folders.index(file.parent)
-
-
 def _fetched(cls: type[FolderPipeline], hub_id: str, **told: Any) -> Path:
     """The folder of a hub model, downloaded or in the cache; `UserError` where there is no way."""
-    with _hub(hub_id, told["local_files_only"]):
+    with _quiet(), reaching(hub_id, told["local_files_only"]):
         return Path(cls.download(hub_id, use_safetensors=True, **told))
 
 
 @contextmanager
-def _hub(hub_id: str, local: bool) -> Iterator[None]:
-    """Within the block, what the hub cannot give ends in one line."""
+def _quiet() -> Iterator[None]:
+    """Within the block, diffusers warns of nothing: what it would is in our one line."""
     loudness = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()  # what it warns of is in our one line
+    diffusers_logging.set_verbosity_error()
     try:
         yield
-    except (OSError, ValueError) as error:
-        root = error.__cause__ or error
-        offline = local or isinstance(root, OfflineModeIsEnabled) or HF_HUB_OFFLINE
-        why = "offline, and not in the cache" if offline else str(root).strip().partition("\n")[0]
-        raise UserError(
-            f"there is no model folder {hub_id}, and as a hub id it could not be fetched ({why}); "
-            "name a folder in Diffusers layout, a .safetensors file, or a model of the hub as"
-            " owner/name"
-        ) from error
     finally:
         diffusers_logging.set_verbosity(loudness)
 

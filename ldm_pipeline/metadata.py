@@ -116,7 +116,7 @@ class Recipe:
     `weighted` says that prompts were read with weights and BREAK, which older pictures' were not.
     `origin` is the picture that it was drawn out of, which then says how its size came about.
     `memory` is what of it is `Memory.seen`; older pictures were drawn plainly. `digests` has the
-    SHA-256 of each adapter and decoder, by its name here: another file may lie there later.
+    SHA-256 of the model, each adapter and decoder, by its name here: another may lie there later.
     `versions` names the packages that drew it: other versions may round differently. Neither
     enters the command.
     """

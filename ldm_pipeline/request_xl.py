@@ -51,7 +51,7 @@ class RequestXL(Request):
     original_size, target_size      (height, width) told of the picture; None is that of the request
     crops_coords_top_left           (top, left) told of it
     negative_original_size, …       the same for the negative half, where both sizes are given
-    denoising_end                   in (0, 1): end the run at this fraction of the noise levels
+    denoising_end                   in (0, 1]: end the run at this fraction of the noise levels
     denoising_start                 in (0, 1): go on there, from `latents` of a run that ended so,
                                     or from `image`, which then gets no noise
     latents                         with an `image` that is drawn anew as a whole: start at these
@@ -163,7 +163,8 @@ class RequestXL(Request):
         """The part of the run that is asked for is there, and can begin where it begins."""
         for name in ("denoising_start", "denoising_end"):
             value = getattr(self, name)
-            if value is not None and not 0 < as_number(name, value, 0.0, 1.0) < 1:
+            whole = name == "denoising_end" and value == 1
+            if value is not None and not (0 < as_number(name, value, 0.0, 1.0) < 1 or whole):
                 raise UserError(f"{name}={value!r} must lie between 0 and 1; None is the whole run")
         for name in ("aesthetic_score", "negative_aesthetic_score"):
             as_number(name, getattr(self, name), 0.0, 10.0)

@@ -33,6 +33,7 @@ FRONT = {
     "loading",
     "running",
     "randomness",
+    "stock_arguments",
     "stock_loaders",
 }
 """The files that together are the pipeline."""

@@ -12,6 +12,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,11 @@ from hypothesis import strategies as st
 from ldm_pipeline import cli
 from ldm_pipeline.batch import __main__ as program
 from ldm_pipeline.batch.orders import KEYS, Order, once, read_orders, share
+from ldm_pipeline.commands import steps
 from ldm_pipeline.commands.digests import changed, digests_of
+from ldm_pipeline.commands.sources import Source, find
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.metadata import Recipe
 from ldm_pipeline.picture_files import read_recipe
 
 ROOT = Path(__file__).parent.parent
@@ -122,6 +126,29 @@ def test_a_text_file_is_one_prompt_a_line(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
+def test_what_is_usual_of_a_model_is_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not for every line."""
+    read: list[str] = []
+
+    def counted(name: str) -> Source:
+        read.append(name)
+        return find(name)
+
+    monkeypatch.setattr(steps, "find", counted)
+    write_lines(tmp_path / "prompts.jsonl", LINES)
+    told = [order.args for order in orders(str(tmp_path / "prompts.jsonl"))]
+    assert read == ["bundled"]
+    assert [(own.steps, own.guidance) for own in told] == [
+        (25, 3.0),
+        (25, 3.0),
+        (2, 3.0),
+        (25, 3.0),
+        (25, 1.0),
+    ]
+
+
 REFUSED = {
     '{"prompt": "x"}\n\n{"promt": "x"}': "line 3: unknown key 'promt'; a line may set "
     + ", ".join(KEYS)
@@ -204,12 +231,53 @@ def test_an_adapter_that_was_trained_again_draws_again(
 def test_a_decoder_is_told_by_what_lies_in_its_folder(tmp_path: Path) -> None:
     for name in ("config.json", "diffusion_pytorch_model.safetensors"):
         (tmp_path / name).write_text("1")
-    first = digests_of((), False, str(tmp_path))
+    hub = Source("somebody/model", None)
+    first = digests_of(hub, (), False, str(tmp_path))
     (tmp_path / "notes.txt").write_text("")
-    assert digests_of((), True, str(tmp_path)) == first
+    assert digests_of(hub, (), True, str(tmp_path)) == first
     (tmp_path / "diffusion_pytorch_model.safetensors").write_text("2")
-    assert digests_of((), False, str(tmp_path)) != first
-    assert digests_of((), True, "small") == {}
+    assert digests_of(hub, (), False, str(tmp_path)) != first
+    assert digests_of(hub, (), True, "small") == {}
+
+
+def test_the_bundled_model_is_told_by_its_weights_too() -> None:
+    """Which change between releases; `ldm show` finds it, whatever the folder is."""
+    (told,) = digests_of(find("bundled"), (), True, "small").items()
+    assert told[0] == "bundled"
+    recipe = Recipe(("x",), 0, 1, 1.0, (8, 8), "cpu", "float32", digests=dict([told]))
+    assert changed(recipe) == []
+    (line,) = changed(replace(recipe, digests={"bundled": "0"}))
+    assert line == "drawn with bundled (SHA-256 0), which is another file now"
+
+
+@pytest.mark.parametrize("kind", ["folder", "file"])
+def test_a_model_that_was_trained_again_draws_again(
+    kind: str, batch: Batch, tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    """At the same place, and nothing else of it needs to have changed."""
+    import torch
+
+    from ldm_pipeline.models.original.convert import to_file
+    from tests.models.original.models import pipeline
+
+    pipe = pipeline("sd1")
+    (tmp_path / "p.txt").write_text("a red star\n")
+    name = "model" if kind == "folder" else "model.safetensors"
+    told = ["--prompts", "p.txt", "--model", name, "--steps", "1", "--quiet", "--out", "out"]
+    drawn: list[Path] = []
+    for change in (0.0, 0.0, 0.1):
+        with torch.no_grad():
+            pipe.unet.conv_in.bias.add_(change)
+        pipe.save_pretrained(tmp_path / "model")
+        if kind == "file":
+            to_file(tmp_path / "model", tmp_path / name)
+        code, _, err = batch(*told)
+        assert code == 0, err
+        drawn += [path for path in Path("out").iterdir() if path not in drawn]
+    assert len(drawn) == 2, "one for each model, and none twice"
+    said = [changed(read_recipe(path)) for path in drawn]
+    assert [len(lines) for lines in said] == [1, 0]
+    assert said[0][0].startswith(f"drawn with {name} (SHA-256 ")
 
 
 def test_two_processes_draw_what_one_draws_and_the_rest_is_kept(

@@ -129,19 +129,30 @@ def test_the_whole_picture_stays_where_it_grows(ldm: Ldm, model: Path) -> None:
 
 
 @pytest.mark.usefixtures("files")
-@pytest.mark.parametrize("xl,strengths", [(False, (0.8, 1.0)), (True, (0.3, 0.9999))])
-def test_the_strength_that_nobody_named_is_that_of_the_model_s_kind(
-    xl: bool, strengths: tuple[float, float], ldm: Ldm, tiny: Any, tiny_xl: Any, tmp_path: Path
+@pytest.mark.parametrize(
+    "xl,strengths,guidances",
+    [(False, (0.8, 1.0), (7.5, 7.5)), (True, (0.3, 0.9999), (5.0, 7.5))],
+)
+def test_strength_and_guidance_that_nobody_named_are_those_of_the_model_s_kind(
+    xl: bool,
+    strengths: tuple[float, float],
+    guidances: tuple[float, float],
+    ldm: Ldm,
+    tiny: Any,
+    tiny_xl: Any,
+    tmp_path: Path,
 ) -> None:
     """As its stock pipelines have it; the picture remembers it."""
     kind = LatentDiffusionXLPipeline if xl else LatentDiffusionPipeline
     kind(**(tiny_xl if xl else tiny)()).save_pretrained(tmp_path / "model")
     words = ["generate", "a", "--model", "model", "--steps", "4", "-o", "b.png", "--seed", "1"]
-    for more, strength in (([], strengths[0]), (["--mask", "hole.png"], strengths[1])):
+    for more, strength, guidance in zip(
+        ([], ["--mask", "hole.png"]), strengths, guidances, strict=True
+    ):
         assert ldm(*words, "--image", "a.png", *more)[0] == 0
-        origin = read_recipe(Path("b.png")).origin
-        assert origin is not None
-        assert origin.strength == strength
+        recipe = read_recipe(Path("b.png"))
+        assert recipe.origin is not None
+        assert (recipe.origin.strength, recipe.guidance) == (strength, guidance)
         assert redraw(ldm, Path("b.png"), Path("c.png")) == Path("b.png").read_bytes()
 
 

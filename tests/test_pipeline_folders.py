@@ -157,8 +157,8 @@ def test_code_in_a_folder_is_refused(saved: Path) -> None:
     index.write_text(json.dumps({**contents, "_class_name": ["evil", "Evil"]}))
     with pytest.raises(UserError, match="its own pipeline code"):
         LatentDiffusionPipeline.from_pretrained(saved)
-    with pytest.raises(TypeError):
-        LatentDiffusionPipeline.from_pretrained(saved, **dict[str, Any](custom_pipeline="evil"))
+    with pytest.raises(UserError, match="custom_pipeline='evil' is refused"):
+        LatentDiffusionPipeline.from_pretrained(saved, custom_pipeline="evil")
 
 
 def test_wrong_folders(saved: Path, tmp_path: Path) -> None:

@@ -5,43 +5,96 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from ldm_pipeline.commands.steps import settle_steps
+from ldm_pipeline.errors import UserError
+
+UNET = "unet/config.json"
+FAMILIES = {
+    "StableDiffusionPipeline": (7.5, 7.5),
+    "StableDiffusionXLPipeline": (5.0, 7.5),
+    "StableDiffusionXLImg2ImgPipeline": (5.0, 7.5),
+}
+"""What stock pipelines of a folder's class take, and where a part of a picture is painted."""
 
 
-def settled(model: str, *, lcm: bool | str = False) -> tuple[int, float]:
+def settled(model: str, *, lcm: bool | str = False, painting: bool = False) -> tuple[int, float]:
     args = Namespace(model=model, steps=None, guidance=None, lcm=lcm)
-    settle_steps(args)
+    settle_steps(args, painting)
     return args.steps, args.guidance
 
 
-@pytest.mark.parametrize(
-    ("config", "guidance"),
-    [
-        ({"cross_attention_dim": 768}, 7.5),
-        ({"cross_attention_dim": 1024}, 7.5),
-        ({"cross_attention_dim": 2048}, 5.0),
-        ({"cross_attention_dim": 1280}, 5.0),
-    ],
-)
-def test_of_a_folder_they_are_its_familys(
-    tmp_path: Path, config: dict[str, int], guidance: float
-) -> None:
+def write(folder: Path, **files: dict[str, Any]) -> None:
+    """The settings of a model, as a folder in Diffusers layout has them."""
+    (folder / "unet").mkdir(parents=True, exist_ok=True)
+    for name, contents in zip(("model_index.json", UNET), files.values(), strict=True):
+        (folder / name).write_text(json.dumps(contents))
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_of_a_folder_they_are_its_familys(tmp_path: Path, kind: str) -> None:
     """As stock pipelines take them; without guidance in few steps, unless the UNet hears it."""
-    (tmp_path / "unet").mkdir()
-    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": "A"}))
-    file = tmp_path / "unet" / "config.json"
-    file.write_text(json.dumps(config))
-    assert settled(str(tmp_path)) == (25, guidance)
-    assert settled(str(tmp_path), lcm=True) == (4, 1.0)
-    file.write_text(json.dumps({**config, "time_cond_proj_dim": 256}))
-    assert settled(str(tmp_path), lcm=True) == (4, guidance)
+    drawing, painting = FAMILIES[kind]
+    write(tmp_path, index={"_class_name": kind}, unet={"cross_attention_dim": 64})
+    assert settled(str(tmp_path)) == (25, drawing)
+    assert settled(str(tmp_path), painting=True) == (25, painting)
+    assert settled(str(tmp_path), lcm=True, painting=True) == (4, 1.0)
+    write(tmp_path, index={"_class_name": kind}, unet={"time_cond_proj_dim": 256})
+    assert settled(str(tmp_path), lcm=True) == (4, drawing)
+    assert settled(str(tmp_path), lcm=True, painting=True) == (4, painting)
     assert settled(str(tmp_path), lcm="a file") == (4, 1.0)
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_of_a_hub_model_they_are_the_same_before_it_was_ever_downloaded(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What it says of itself is fetched first, once, and nothing else of it; offline it is refused,
+    unless it is in the cache."""
+    snapshot = tmp_path / "models--somebody--model" / "snapshots" / ("a" * 40)
+    write(tmp_path / "hub", index={"_class_name": kind}, unet={"time_cond_proj_dim": 256})
+    asked: list[str] = []
+
+    def download(hub_id: str, name: str) -> str:
+        assert hub_id == "somebody/model"
+        asked.append(name)
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).write_bytes((tmp_path / "hub" / name).read_bytes())
+        return str(snapshot / name)
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match="not in the cache: HF_HUB_OFFLINE forbids downloading it"):
+        settled("somebody/model")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    first = settled("somebody/model"), settled("somebody/model", lcm=True)
+    assert first == ((25, FAMILIES[kind][0]), (4, FAMILIES[kind][0]))
+    assert asked == ["model_index.json", UNET]
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert (settled("somebody/model"), settled("somebody/model", lcm=True)) == first
+    assert len(asked) == 2
+
+
+def test_a_hub_model_that_cannot_be_fetched_is_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unreachable(hub_id: str, name: str) -> str:
+        raise OSError("no route to the hub\nmore")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    with pytest.raises(UserError, match=r"could not be fetched \(no route to the hub\); name a"):
+        settled("somebody/model")
 
 
 def test_of_the_bundled_model_they_are_its_own() -> None:
     """Weaker than others'; fewer steps with its adapter."""
     assert settled("bundled") == (25, 3.0)
+    assert settled("bundled", painting=True) == (25, 3.0)
     assert settled("bundled", lcm=True) == (4, 1.0)

@@ -112,7 +112,7 @@ def _draw_all(
     """Draw this process's share of what is missing, and wait for the others."""
     device, dtype = pick_device(args.device, args.dtype)
     memory = memory_flags.settle(memory, device, dtype)
-    used = digests_of(loras, args.lcm, args.decoder)
+    used = digests_of(source, loras, args.lcm, args.decoder)
     recipes = [
         replace(order.recipe(loras, device, dtype, memory), digests=used) for order in orders
     ]

@@ -76,9 +76,11 @@ def read_orders(args: argparse.Namespace) -> list[Order]:
     Raises `UserError`, with the line, for what cannot be drawn.
     """
     orders = []
-    for place, entry in _entries(args.prompts):
-        own = argparse.Namespace(**{**vars(args), **entry})
-        settle_steps(own)
+    entries = _entries(args.prompts)
+    usual = argparse.Namespace(**vars(args))
+    settle_steps(usual)  # once: no line sets what decides it
+    for place, entry in entries:
+        own = argparse.Namespace(**{**vars(usual), **entry})
         try:
             check_drawing(own, [own.prompt], own.seed)
         except UserError as error:

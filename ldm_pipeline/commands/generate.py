@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
     if not prompts:
         raise UserError('nothing to draw: give a prompt, as in ldm generate "a red star"')
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
-    settle_steps(args)
+    settle_steps(args, pictures.paints(args))
     pictures.check(args)
     check_drawing(args, prompts, seed)
     loras = read_loras(args.lora)
@@ -148,7 +148,7 @@ def run(args: argparse.Namespace) -> None:
     recipe = replace(
         recipe,
         origin=given.origin if given is not None else None,
-        digests=digests_of(loras, args.lcm, args.decoder),
+        digests=digests_of(source, loras, args.lcm, args.decoder),
     )
     output = check_output(args, prompts)
     longest = replace(recipe, prompts=(max(prompts, key=len),))
@@ -226,7 +226,7 @@ def check_drawing(args: argparse.Namespace, prompts: Sequence[str], seed: int) -
             seed=seed,
             lcm=args.lcm,
             image=True if args.image else None,  # what it shows is checked when it is read
-            mask_image=True if args.mask or args.grow else None,
+            mask_image=True if pictures.paints(args) else None,
             strength=args.strength,
             padding_mask_crop=args.crop,
         )

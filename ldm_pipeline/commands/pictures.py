@@ -100,12 +100,16 @@ def check(args: argparse.Namespace) -> None:
     given = [name for name in COMPANIONS if getattr(args, name) not in (None, False)]
     if args.image is None and given:
         raise UserError(f"--{given[0].replace('_', '-')} needs a picture: pass --image FILE")
-    painting = args.mask is not None or args.grow is not None
     for name in ("crop", "no_keep"):
-        if name in given and not painting:
+        if name in given and not paints(args):
             raise UserError(f"--{name.replace('_', '-')} needs a mask: pass --mask FILE")
     if args.crop is not None and args.grow is not None:
         raise UserError("--crop and --grow do not go together; leave one out")
+
+
+def paints(args: argparse.Namespace) -> bool:
+    """Whether a part of a picture is to be painted, or what is grown around it."""
+    return args.mask is not None or args.grow is not None
 
 
 def read(args: argparse.Namespace) -> Given | None:

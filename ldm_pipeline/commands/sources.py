@@ -1,6 +1,7 @@
 """What `--model` may name: the bundled model, a folder, a single file, or a model of the hub.
 
-Nothing is loaded or downloaded here; a name that cannot lead to a model is refused at once.
+Nothing is loaded here, and of a hub model no more is downloaded than what it says of itself; a name
+that cannot lead to a model is refused at once.
 """
 
 from __future__ import annotations
@@ -15,14 +16,16 @@ from ldm_pipeline.commands.flags import in_flags
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import bundled, folders, small_decoder
 from ldm_pipeline.models.headers import read_header
+from ldm_pipeline.models.hub import fetched, fetched_index
 from ldm_pipeline.models.original.checkpoint import check_name
-from ldm_pipeline.models.original.families import family_of
+from ldm_pipeline.models.original.families import SDXL, family_of
 from ldm_pipeline.models.trust import read_json
 
 if TYPE_CHECKING:
     from ldm_pipeline.pipeline import LatentDiffusionPipeline
 
 BUNDLED = "bundled"
+UNET_CONFIG = "unet/config.json"
 TOLD = "attn2.to_k.weight"
 """The end of the keys of a UNet's weights that read the texts."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -78,7 +81,7 @@ def find_decoder(name: str | None, source: Source) -> Path | None:
 
 
 def unet_config(source: Source) -> dict[str, Any] | None:
-    """What the model's UNet says of itself; None where that has not been downloaded yet.
+    """What the model's UNet says of itself; None where nothing is told.
 
     Of a single file only `cross_attention_dim` is read, from its tensors' shapes.
     """
@@ -86,9 +89,32 @@ def unet_config(source: Source) -> dict[str, Any] | None:
         shapes = read_header(source.file).shapes
         told = next((shape for key, shape in shapes.items() if key.endswith(TOLD)), (None,))
         return {"cross_attention_dim": told[-1]}
-    folder = source.folder or cached(source.name)
-    file = folder / "unet" / "config.json" if folder is not None else None
+    folder = _described(source)
+    file = folder / UNET_CONFIG if folder is not None else None
     return read_json(file) if file is not None and file.is_file() else None
+
+
+def is_xl(source: Source) -> bool:
+    """Whether the model is SDXL or its refiner, told as `load` tells it."""
+    if source.file is not None:
+        return family_of(source.file, read_header(source.file).shapes) is SDXL
+    folder = _described(source)
+    return folder is not None and folders.is_xl(folders.index(folder))
+
+
+def _described(source: Source) -> Path | None:
+    """The folder with what a model in Diffusers layout says of itself: index, UNet config.
+
+    Of a hub model these two are fetched where they are not in the cache, so that a model is the
+    same before its first download as after. None for a single file.
+    """
+    if source.file is not None or source.folder is not None:
+        return source.folder
+    here = cached(source.name)
+    if _offline() or (here is not None and (here / UNET_CONFIG).is_file()):
+        return here
+    fetched_index(source.name)
+    return fetched(source.name, UNET_CONFIG).parent.parent
 
 
 def cached(hub_id: str) -> Path | None:

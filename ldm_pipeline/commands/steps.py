@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from ldm_pipeline.commands.sources import Source, find, unet_config
+from ldm_pipeline.commands.sources import Source, find, is_xl, unet_config
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.notes import NO_ADAPTER, read_note
 from ldm_pipeline.lora.published import fetched, lcm_lora
@@ -22,15 +22,13 @@ from ldm_pipeline.request import (
     LCM_STEPS,
     SAMPLER_NAMES,
 )
-from ldm_pipeline.request_xl import XL_GUIDANCE
+from ldm_pipeline.request_xl import XL_GUIDANCE, XL_PAINTING_GUIDANCE
 
 STEPS = 25
 """Denoising steps, unless --steps or --lcm says otherwise."""
 BUNDLED_GUIDANCE = 3.0
 """How strongly the bundled model's pictures follow the words, unless --guidance or --lcm says
 otherwise; others take what stock pipelines of their family do."""
-XL_WIDTHS = (2048, 1280)
-"""What the UNets of SDXL and of its refiner read of each token."""
 
 
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,7 +39,8 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
         "--guidance",
         type=float,
         help=f"how strongly to follow the words ({BUNDLED_GUIDANCE} with the bundled model, else"
-        f" {GUIDANCE}, SDXL {XL_GUIDANCE}; {LCM_GUIDANCE} with --lcm)",
+        f" {GUIDANCE}, SDXL {XL_GUIDANCE}, painting {XL_PAINTING_GUIDANCE}; {LCM_GUIDANCE} with"
+        " --lcm)",
     )
     add(
         "--lcm",
@@ -59,8 +58,9 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def settle_steps(args: argparse.Namespace) -> None:
-    """Put what was not named in place: steps and guidance are others with --lcm.
+def settle_steps(args: argparse.Namespace, painting: bool = False) -> None:
+    """Put what was not named in place: steps and guidance are others with --lcm, and SDXL's
+    guidance where a part of a picture is painted.
 
     A full LCM, whose UNet is told the guidance, is told the usual one.
     """
@@ -68,16 +68,18 @@ def settle_steps(args: argparse.Namespace) -> None:
         args.steps = LCM_STEPS if args.lcm else STEPS
     if args.guidance is None:
         source = find(args.model)
-        config = unet_config(source) or {}
-        heard = args.lcm is True and _hears(config)
-        args.guidance = LCM_GUIDANCE if args.lcm and not heard else _usual_guidance(source, config)
+        heard = args.lcm is True and _hears(unet_config(source) or {})
+        silent = args.lcm and not heard
+        args.guidance = LCM_GUIDANCE if silent else _usual_guidance(source, painting)
 
 
-def _usual_guidance(source: Source, config: dict[str, Any]) -> float:
+def _usual_guidance(source: Source, painting: bool) -> float:
     """The guidance of a model that nobody names one for."""
     if source.bundled:
         return BUNDLED_GUIDANCE
-    return XL_GUIDANCE if config.get("cross_attention_dim") in XL_WIDTHS else GUIDANCE
+    if not is_xl(source):
+        return GUIDANCE
+    return XL_PAINTING_GUIDANCE if painting else XL_GUIDANCE
 
 
 def check_eta(eta: float | None, sampler: str | None, lcm: bool | str) -> None:
@@ -93,8 +95,8 @@ def check_eta(eta: float | None, sampler: str | None, lcm: bool | str) -> None:
 def check_lcm(lcm: bool | str, source: Source) -> None:
     """Refuse what --lcm names where that is no LCM adapter, and --lcm alone where none is there.
 
-    A published adapter is fetched now, so that none is missed after the model is loaded. Where
-    nothing can be read of the model yet, as of a hub id that is to be downloaded, it is let pass.
+    A published adapter is fetched now, so that none is missed after the model is loaded. A model
+    that says nothing of its UNet is let pass: its loading tells why.
     """
     if isinstance(lcm, str):
         if not Path(lcm).exists():

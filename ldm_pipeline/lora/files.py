@@ -201,7 +201,9 @@ def _save_peft(place: Path, weights: LoraWeights, notes: Mapping[str, str]) -> P
     for component in weights.layouts:
         folder = place / component
         tensors = peft.spelled(weights, component)
-        _write_whole(folder / peft.MODEL, serialised(tensors, {"format": "pt"}))
+        _write_whole(
+            folder / peft.MODEL, serialised(tensors, {**stamp.carried(notes), "format": "pt"})
+        )
         config = peft.config(weights, component, notes.get("ss_sd_model_name"))
         _write_whole(folder / peft.CONFIG, config.encode())
     return place

@@ -16,6 +16,7 @@ from ldm_pipeline.cli import main
 from ldm_pipeline.lora.deltas import product
 from ldm_pipeline.lora.files import inspect, load, save
 from ldm_pipeline.lora.layouts.families import FAMILIES
+from ldm_pipeline.lora.notes import LcmNote, read_note
 from tests.lora import test_lycoris
 from tests.lora.tiny_families import PIPELINES, lora, sd1
 from tests.test_architecture import ROOT
@@ -70,6 +71,15 @@ def test_what_a_header_says_besides_is_carried_over(ldm: Ldm, tmp_path: Path) ->
     assert texts["ss_network_dim"] != "99"
     assert ldm("convert", "b.safetensors", "--to=diffusers", "--out=c.safetensors")[0] == 0
     assert "sshs_model_hash" not in inspect("c.safetensors").texts
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya", "peft"])
+def test_how_an_adapter_was_distilled_stays_in_every_layout(layout: str, tmp_path: Path) -> None:
+    note = LcmNote("some", 40, 5.0)
+    place = tmp_path / ("a" if layout == "peft" else "a.safetensors")
+    save(place, lora(sd1(), every=9), note.texts(), layout, FAMILIES["sd1"])
+    assert inspect(place).layout == layout
+    assert read_note(place) == note
 
 
 @pytest.mark.parametrize(("base", "sides"), [("sd1", 4), ("sd2", 2)])

@@ -57,6 +57,7 @@ def xl(tiny_xl: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         {"eta": 1.0},
         {"prompt": "red " * 100},
         {"denoising_end": 0.4},
+        {"denoising_end": 1.0},
     ],
     ids=str,
 )
@@ -264,7 +265,8 @@ def test_two_parts_are_the_whole(xl: dict[str, Any], name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"denoising_end": 1.0}, "must lie between 0 and 1"),
+        ({"denoising_end": 0.0}, "must lie between 0 and 1"),
+        ({"denoising_start": 1.0}, "must lie between 0 and 1"),
         ({"denoising_start": 0.5}, "goes on from latents"),
         ({"denoising_start": 0.6, "denoising_end": 0.5}, "must lie below denoising_end"),
         ({"denoising_end": 0.001}, "none of the 3 steps begins there"),

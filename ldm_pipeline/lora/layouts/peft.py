@@ -7,7 +7,6 @@ A LoRA is the folder of one component, or a folder with one folder for each, nam
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ from ldm_pipeline.lora.layouts import diffusers
 from ldm_pipeline.lora.layouts.reading import PEFT_PREFIX, check_dtypes, key_in_header
 from ldm_pipeline.lora.targets import COMPONENTS
 from ldm_pipeline.lora.weights import Header, LoraWeights, split
-from ldm_pipeline.models.headers import read_header
+from ldm_pipeline.models.headers import FileHeader, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,16 +45,18 @@ def inspect(place: Path) -> Header:
         folders = {_component(place): place}
     shapes: dict[str, tuple[int, ...]] = {}
     metadata = {}
+    texts: dict[str, Any] = {}
     for component, folder in folders.items():
         found = _header(folder / MODEL)
-        for key, shape in found.items():
+        texts |= {name: text for name, text in found.texts.items() if name != "format"}
+        for key, shape in found.shapes.items():
             named = key_in_header(component, key)
             if not key.startswith(PEFT_PREFIX) or diffusers.parse(named) is None:
                 raise UserError(f"{folder / MODEL} is no LoRA of PEFT's: it holds {key!r}")
             shapes[named] = shape
         metadata[component] = _config(folder / CONFIG)
     files = {component: folder / MODEL for component, folder in folders.items()}
-    return diffusers.checked(Header(place, "peft", shapes, metadata, {}, files))
+    return diffusers.checked(Header(place, "peft", shapes, metadata, texts, files))
 
 
 def spelled(weights: LoraWeights, component: str) -> dict[str, Tensor]:
@@ -83,19 +84,19 @@ def config(weights: LoraWeights, component: str, base: str | None) -> str:
     return json.dumps(fields, indent=2, sort_keys=True) + "\n"
 
 
-def _header(file: Path) -> Mapping[str, tuple[int, ...]]:
+def _header(file: Path) -> FileHeader:
     if not file.is_file():
         raise UserError(f"{file.parent} has no {MODEL}; only safetensors are opened")
     found = read_header(file)
     check_dtypes(file, found)
-    return found.shapes
+    return found
 
 
 def _component(place: Path) -> str:
     """The component that the adapter in `place` is for: by the folder's name, or by its keys."""
     if place.name in COMPONENTS:
         return place.name
-    texts = all(key.startswith(TEXT_LAYER) for key in _header(place / MODEL))
+    texts = all(key.startswith(TEXT_LAYER) for key in _header(place / MODEL).shapes)
     return "text_encoder" if texts else "unet"
 
 

@@ -225,7 +225,7 @@ def test_components_may_be_brought(made: Made) -> None:
     )
     assert brought.vae is pipe.vae
     with pytest.raises(UserError, match="has no text_encoder_2"):
-        ldm_pipeline.LatentDiffusionPipeline.from_single_file(bare, text_encoder_2=None)
+        ldm_pipeline.LatentDiffusionPipeline.from_single_file(bare, text_encoder_2=pipe.vae)
     with pytest.raises(UserError, match=r"holds Stable Diffusion 1\.x, which .*XLPipeline cannot"):
         ldm_pipeline.LatentDiffusionXLPipeline.from_single_file(file)
 

@@ -1,0 +1,103 @@
+"""What stock loading takes besides: heard where it means something here, and never in the way.
+
+Code that is written for stock pipelines goes on working: an argument that does nothing here is let
+pass, one that would be missed is told once, and what would run code of others is refused. A
+misspelt one stays a mistake.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping
+from functools import lru_cache
+from typing import Any
+
+from ldm_pipeline.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+FROM_FOLDER: Any = object()
+"""Stands for "take this from the folder", since None means "leave it out"."""
+
+SETTINGS = (
+    "requires_safety_checker",
+    "add_watermarker",
+    "force_zeros_for_empty_prompt",
+    "requires_aesthetics_score",
+)
+"""Settings of one kind of pipeline or the other, which stock pipelines of the other ignore."""
+
+OF_THE_HUB = (
+    "cache_dir",
+    "disable_mmap",
+    "force_download",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "revision",
+    "token",
+)
+"""How files are fetched and read: nothing to a file that is here."""
+
+READ_FROM_THE_FILE = ("config", "original_config", "load_safety_checker")
+"""What stock lets one say of a single file, and ours reads from it."""
+
+
+def heard(kind: str, own: Collection[str], told: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `told` the constructor of the pipeline `kind` takes, whose names are `own`.
+
+    Left out is what stands for the folder's own, a part that it has not and is not to have, and
+    settings of another kind. Raises `UserError` for a part that it has not.
+    """
+    found = {}
+    for name, value in told.items():
+        if value is FROM_FOLDER:
+            continue
+        if name in own:
+            found[name] = value
+        elif name in SETTINGS:
+            _say_unheard(kind, name, value)
+        elif value is not None:
+            raise UserError(f"{kind} has no {name}; leave it out")
+    return found
+
+
+def of_a_file(kind: str, told: Mapping[str, Any]) -> dict[str, Any]:
+    """What of `told`, passed for a single file, is more than stock's ways to fetch and read one."""
+    for name in READ_FROM_THE_FILE:
+        _say_unheard(kind, name, told.get(name))
+    check_safe(told.get("use_safetensors"))
+    passed = (*OF_THE_HUB, *READ_FROM_THE_FILE, "use_safetensors")
+    return {name: value for name, value in told.items() if name not in passed}
+
+
+def check_safe(use_safetensors: bool | None) -> None:
+    """Raise `UserError` where pickles are asked for."""
+    if use_safetensors is False:
+        raise UserError("use_safetensors=False is refused: a pickle can run any program")
+
+
+def check_no_code(custom_pipeline: object, trust_remote_code: bool) -> None:
+    """Raise `UserError` where code of others is to be run."""
+    if custom_pipeline is not None:
+        raise UserError(
+            f"custom_pipeline={custom_pipeline!r} is refused: it runs code from elsewhere; leave it"
+            " out, and ask the call for what it is wanted for (weighted=True reads long and"
+            " weighted prompts), or give from_pipe the pipeline that stock opened with it"
+        )
+    if trust_remote_code:
+        raise UserError(
+            "trust_remote_code=True is refused: no code that comes with a model is run; leave it"
+            " out, and take a model whose parts are of diffusers' and transformers' own classes"
+        )
+
+
+def _say_unheard(kind: str, name: str, value: object) -> None:
+    """Say of a setting that is on that it does nothing; that it is off is true here."""
+    if value:
+        _say(f"{name}={value!r} does nothing to {kind}")
+
+
+@lru_cache(maxsize=64)
+def _say(line: str) -> None:
+    """Warn of it the first time."""
+    logger.warning("%s", line)

@@ -1,0 +1,96 @@
+"""Models of every kind through the command: what it draws with nothing said of them is what the
+pipeline draws that `load` opens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers import LCMScheduler
+from PIL import Image
+
+import ldm_pipeline
+from ldm_pipeline import LatentDiffusionPipeline, LatentDiffusionXLPipeline
+from ldm_pipeline.commands import evaluate
+from tests.conftest import tiny_scheduler
+from tests.parity.pairs import mask, picture
+from tests.parity.test_stable_diffusion_xl import refiner_unet
+from tests.test_cli import Ldm, ldm
+
+__all__ = ["ldm"]
+
+Build = Callable[..., dict[str, Any]]
+
+
+def made(kind: str, tiny: Build, tiny_xl: Build) -> Any:
+    """A tiny random pipeline of a kind."""
+    if kind == "SD 2.x":
+        return LatentDiffusionPipeline(
+            **tiny(
+                scheduler=tiny_scheduler(prediction_type="v_prediction"), use_linear_projection=True
+            )
+        )
+    if kind == "inpainting":
+        return LatentDiffusionPipeline(**tiny(in_channels=9))
+    if kind == "full LCM":
+        return LatentDiffusionPipeline(**tiny(scheduler=LCMScheduler(), time_cond_proj_dim=8))
+    parts = {**tiny_xl(), "unet": refiner_unet(), "text_encoder": None, "tokenizer": None}
+    return LatentDiffusionXLPipeline(**parts, add_watermarker=False)
+
+
+ASKED: dict[str, tuple[list[str], dict[str, Any]]] = {
+    "SD 2.x": ([], {}),
+    "inpainting": (
+        ["--image=a.png", "--mask=hole.png", "--no-keep"],
+        {"image": "a.png", "mask_image": "hole.png"},
+    ),
+    "full LCM": (["--lcm"], {"lcm": True}),
+    "refiner": (["--image=a.png", "--strength=0.7"], {"image": "a.png", "strength": 0.7}),
+}
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_the_command_draws_what_the_pipeline_does(
+    kind: str, ldm: Ldm, tiny: Build, tiny_xl: Build
+) -> None:
+    made(kind, tiny, tiny_xl).save_pretrained("model")
+    picture(32, 32).save("a.png")
+    mask(32, 32).save("hole.png")
+    flags, told = ASKED[kind]
+    words = ["generate", "a red star", "--model=model", "--steps=3", "--seed=5", "--plain"]
+    code, _, err = ldm(*words, *flags, "-o", "b.png")
+    assert code == 0, err
+    opened: dict[str, Any] = {
+        k: Image.open(v) if isinstance(v, str) else v for k, v in told.items()
+    }
+    pipe = ldm_pipeline.load("model")
+    (wanted,) = pipe("a red star", num_inference_steps=3, seed=5, **opened).images
+    with Image.open("b.png") as found:
+        assert np.array_equal(np.asarray(found), np.asarray(wanted))
+
+
+def test_evaluate_measures_with_the_adapter_that_it_is_told(
+    ldm: Ldm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Every setting of the steps reaches the pipeline."""
+    asked: list[dict[str, Any]] = []
+
+    class Spy:
+        config = SimpleNamespace(_name_or_path=None)
+
+        def set_progress_bar_config(self, **_: object) -> None: ...
+
+        def __call__(self, prompts: list[str], **told: Any) -> Any:
+            asked.append(told)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "open_pipeline", lambda *_: Spy())
+    assert ldm("evaluate", "--lcm", "--steps", "4", "--prompts", "2")[0] == 130
+    assert ldm("evaluate", "--sampler", "tcd", "--eta", "0.2", "--prompts", "2")[0] == 130
+    few, other = asked
+    assert (few["lcm"], few["num_inference_steps"], few["guidance_scale"]) == (True, 4, 1.0)
+    assert (other["lcm"], other["sampler"], other["eta"]) == (False, "tcd", 0.2)

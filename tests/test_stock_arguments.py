@@ -1,0 +1,116 @@
+"""A call of stock loading works here as it stands, and nothing is let pass that would be missed.
+
+folders    saved tiny pipelines, "sd" and "xl"; file   the first in one file
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+
+import ldm_pipeline
+from ldm_pipeline import LatentDiffusionPipeline, LatentDiffusionXLPipeline
+from ldm_pipeline.errors import UserError
+from ldm_pipeline.models.original.convert import to_file
+from ldm_pipeline.stock_arguments import _say
+from tests.models.original.models import pipeline
+
+KINDS: dict[str, tuple[Any, Any]] = {
+    "sd": (LatentDiffusionPipeline, StableDiffusionPipeline),
+    "xl": (LatentDiffusionXLPipeline, StableDiffusionXLPipeline),
+}
+USUAL: dict[str, Any] = {
+    "add_watermarker": False,
+    "custom_pipeline": None,
+    "low_cpu_mem_usage": True,
+    "requires_safety_checker": False,
+    "safety_checker": None,
+    "torch_dtype": torch.float32,
+    "trust_remote_code": False,
+    "use_safetensors": None,
+}
+"""What people's scripts say, whatever the model is."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("folders")
+    pipeline("sd1").save_pretrained(place / "sd")
+    pipeline("sdxl").save_pretrained(place / "xl")
+    return {kind: place / kind for kind in KINDS}
+
+
+@pytest.fixture(scope="module")
+def file(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("file") / "a.safetensors"
+    to_file(folders["sd"], made)
+    return made
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+    """What was warned of since."""
+    caplog.set_level(logging.WARNING, logger="ldm_pipeline")
+    _say.cache_clear()
+    return lambda: [each.getMessage() for each in caplog.records if "ldm_pipeline" in each.name]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_scripts_for_stock_say_is_taken_in_silence(
+    kind: str, folders: dict[str, Path], said: Callable[[], list[str]]
+) -> None:
+    ours, stock = (cls.from_pretrained(folders[kind], **USUAL) for cls in KINDS[kind])
+    assert all(map(torch.equal, ours.unet.parameters(), stock.unet.parameters()))
+    assert said() == []
+    plain = KINDS[kind][0].from_pretrained(folders[kind], low_cpu_mem_usage=False)
+    assert all(map(torch.equal, ours.unet.parameters(), plain.unet.parameters()))
+
+
+def test_a_setting_is_heard_where_there_is_one_and_told_of_where_there_is_none(
+    folders: dict[str, Path], said: Callable[[], list[str]]
+) -> None:
+    told: dict[str, Any] = {"force_zeros_for_empty_prompt": False, "requires_safety_checker": True}
+    for _ in range(2):
+        xl = LatentDiffusionXLPipeline.from_pretrained(folders["xl"], **told)
+        sd = LatentDiffusionPipeline.from_pretrained(folders["sd"], **told)
+    assert xl.config.force_zeros_for_empty_prompt is False
+    assert sd.config.requires_safety_checker is True
+    name = "LatentDiffusionXLPipeline"
+    assert said() == [f"requires_safety_checker=True does nothing to {name}"], "once"
+    kept = LatentDiffusionXLPipeline.from_pretrained(folders["xl"]).config
+    assert kept.force_zeros_for_empty_prompt is True, "the folder's own"
+
+
+def test_a_single_file_takes_them_too(file: Path, said: Callable[[], list[str]]) -> None:
+    told: dict[str, Any] = {**USUAL, "local_files_only": True, "token": None, "cache_dir": "x"}
+    del told["custom_pipeline"], told["trust_remote_code"]
+    opened = LatentDiffusionPipeline.from_single_file(file, **told)
+    again = LatentDiffusionPipeline.from_single_file(file, config="a/b", use_safetensors=True)
+    assert all(map(torch.equal, opened.unet.parameters(), again.unet.parameters()))
+    assert said() == ["config='a/b' does nothing to LatentDiffusionPipeline"]
+    with pytest.raises(UserError, match="use_safetensors=False is refused"):
+        LatentDiffusionPipeline.from_single_file(file, use_safetensors=False)
+    with pytest.raises(UserError, match="has no use_safetensor; leave it out"):
+        LatentDiffusionPipeline.from_single_file(file, use_safetensor=True)
+
+
+def test_misspelt_ones_and_code_of_others_are_refused(folders: dict[str, Path]) -> None:
+    opens: tuple[Callable[..., Any], ...] = (
+        LatentDiffusionPipeline.from_pretrained,
+        ldm_pipeline.load,
+    )
+    for opened in opens:
+        with pytest.raises(TypeError, match="torch_dtpye"):
+            opened(folders["sd"], torch_dtpye=torch.float16)
+        with pytest.raises(UserError, match=r"custom_pipeline='lpw' is refused: .*weighted=True"):
+            opened(folders["sd"], custom_pipeline="lpw")
+        with pytest.raises(UserError, match="trust_remote_code=True is refused: no code"):
+            opened(folders["sd"], trust_remote_code=True)
+    with pytest.raises(UserError, match="LatentDiffusionXLPipeline has no safety_checker"):
+        LatentDiffusionXLPipeline.from_pretrained(folders["xl"], safety_checker="one")
