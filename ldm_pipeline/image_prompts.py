@@ -14,12 +14,13 @@ from typing import Any
 
 import torch
 from diffusers.models import ImageProjection
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
 from transformers.utils import logging as transformers_logging
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.models.trust import check_adapter, check_part
+from ldm_pipeline.models.trust import SAFE, check_adapter, check_part
 from ldm_pipeline.request import Request
 
 _loudness = transformers_logging.get_verbosity()
@@ -64,16 +65,22 @@ class ImagePrompts(IPAdapterMixin):
             inside = subfolder[0] if isinstance(subfolder, list) else subfolder
             plain = "/" not in image_encoder_folder
             place = Path(inside, image_encoder_folder) if plain else Path(image_encoder_folder)
-            if Path(first).is_dir():
-                check_part(Path(first), place.as_posix())
             try:
+                folder = Path(first)
+                if not folder.is_dir():
+                    wanted = [f"{place.as_posix()}/*{ending}" for ending in (SAFE, ".json")]
+                    hub = {**found, "token": token, "revision": revision}
+                    folder = Path(snapshot_download(str(first), allow_patterns=wanted, **hub))
+                check_part(folder, place.as_posix())
                 encoder = CLIPVisionModelWithProjection.from_pretrained(
-                    first,
+                    folder,
                     subfolder=place.as_posix(),
                     dtype=self.dtype,
                     use_safetensors=True,
-                    **found,
+                    local_files_only=True,
                 )
+            except UserError:
+                raise
             except (OSError, ValueError) as error:
                 reason = " ".join(str(error).split())
                 raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 
 from ldm_pipeline import LatentDiffusionPipeline
 from ldm_pipeline.errors import UserError
-from tests.parity.features import adapter_weights
+from tests.parity.features import adapter_weights, save_adapters
 
 
 @pytest.fixture
@@ -61,3 +62,25 @@ def test_other_shapes_are_refused_before_any_network_runs(
         draw(pipe, torch.zeros(shape), guidance)
     assert "\n" not in str(refused.value)
     assert called == []
+
+
+def test_an_image_encoder_of_the_hub_is_checked(
+    tiny: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    """As one in a folder is, before it is opened."""
+    pipe = LatentDiffusionPipeline(**tiny())
+    repository = tmp_path / "models--somebody--adapter"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    save_adapters(snapshot, pipe.unet)
+    config = snapshot / "models/image_encoder/config.json"
+    good = config.read_text()
+    told: dict[str, Any] = {"cache_dir": tmp_path, "local_files_only": True}
+    config.write_text(json.dumps({**json.loads(good), "attn_implementation": "evil/kernel"}))
+    with pytest.raises(UserError, match="names a kernel to fetch"):
+        pipe.load_ip_adapter("somebody/adapter", "models", "0.safetensors", **told)
+    config.write_text(good)
+    pipe.load_ip_adapter("somebody/adapter", "models", "0.safetensors", **told)
+    assert pipe.image_encoder is not None
