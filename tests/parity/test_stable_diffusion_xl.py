@@ -275,6 +275,10 @@ def test_two_parts_are_the_whole(xl: dict[str, Any], name: str) -> None:
         ({"callback_on_step_end_tensor_inputs": ["negative_prompt_embeds"]}, "is not known"),
         ({"negative_prompt_2": "fog", "negative_prompt_embeds": "…"}, "were both passed"),
         ({"negative_prompt_embeds": "…"}, "belong together"),
+        (
+            {"negative_prompt_embeds": "…", "negative_pooled_prompt_embeds": torch.zeros(1, 20)},
+            "negative_pooled_prompt_embeds has 20 channels, and this model's UNet reads 24 or 32",
+        ),
     ],
     ids=str,
 )
