@@ -135,7 +135,13 @@ class LatentDiffusionPipeline(
         GPU. Pictures stay the same within the precision. Nothing may be drawn meanwhile. Raises
         `UserError` for what cannot be done here.
         """
-        arranging.arrange(self, memory, None if device is None else torch.device(device))
+        if not isinstance(memory, Memory):
+            raise UserError(f"memory={memory!r} must be a Memory, such as Memory(tiling=True)")
+        try:
+            place = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise UserError(f"device={device!r} is not known; name one as in cuda:1") from error
+        arranging.arrange(self, memory, place)
         return self
 
     # Drawing ----------------------------------------------------------------------------------

@@ -20,7 +20,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ldm_pipeline.errors import UserError, choose
-from ldm_pipeline.values import Text, as_number, as_shape, as_texts, as_whole, check_levels
+from ldm_pipeline.values import (
+    Text,
+    as_number,
+    as_shape,
+    as_texts,
+    as_whole,
+    check_flag,
+    check_levels,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -173,8 +181,7 @@ class Request:
             choose("sampler", self.sampler, SAMPLER_NAMES)
         if not isinstance(self.lcm, bool | str | os.PathLike):
             raise UserError(f"lcm={self.lcm!r} must be True, False or the path of an adapter")
-        if not isinstance(self.weighted, bool):
-            raise UserError(f"weighted={self.weighted!r} must be True or False")
+        check_flag("weighted", self.weighted)
         if self.lcm and self.sampler not in (None, *FEW_STEP_SAMPLERS):
             raise UserError(
                 f"sampler={self.sampler!r} does not go with lcm; leave it out, or choose one of"

@@ -14,6 +14,7 @@ from PIL import Image
 
 from ldm_pipeline import LatentDiffusionPipeline
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.memory import PLAIN
 from ldm_pipeline.request import SAMPLER_NAMES
 from ldm_pipeline.running import Run, under_way
 
@@ -354,6 +355,15 @@ def test_mistakes_are_refused_before_any_network_runs(
     with pytest.raises(UserError) as caught:
         ours(**{"prompt": "a red star", **wrong})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("memory", "device", "message"),
+    [(5, None, "memory=5 must be a Memory"), (PLAIN, "gpu", "device='gpu' is not known")],
+)
+def test_what_cannot_be_arranged(ours: Any, memory: Any, device: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ours.arrange(memory, device)
 
 
 def test_latents_may_have_another_precision(ours: Any) -> None:
