@@ -228,7 +228,7 @@ def _tensor(name: str, processor: VaeImageProcessor, images: Any, how: dict[str,
     """[N, C, H, W] of whatever stock pipelines take; `UserError` for anything else."""
     try:
         made: Tensor = processor.preprocess(images, **how)
-    except (ValueError, TypeError, IndexError, AttributeError, RuntimeError) as error:
+    except (ValueError, TypeError, IndexError, RuntimeError) as error:
         listed = images if isinstance(images, list) else [images]
         shapes = [str(tuple(each.shape)) for each in listed if hasattr(each, "shape")]
         why = f"shape {', '.join(shapes)}" if shapes else " ".join(str(error).split())

@@ -67,7 +67,6 @@ def test_other_pictures() -> None:
         ({"mask": 3}, "mask must be a PIL.Image, not int"),
         ({"mask": Image.new("L", (8, 9))}, "must have one size"),
     ],
-    ids=str,
 )
 def test_what_cannot_grow_is_refused(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
