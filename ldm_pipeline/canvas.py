@@ -24,6 +24,9 @@ from ldm_pipeline.models.autoencoder import Autoencoder, draws_noise, sample, ti
 from ldm_pipeline.randomness import SharedNoise, first_rows
 from ldm_pipeline.request import Request
 
+EDGE = 1.002
+"""How large a value of `pixels` may be: what rounding adds to 1 is no mistake."""
+
 HALF = 128
 """A mask's grey level from which on is painted, of 255: stock takes it at 0.5."""
 
@@ -131,9 +134,19 @@ def open_canvas(
         box = mask_processor.get_crop_region(mask, width, height, pad=pad)
         how |= {"crops_coords": box, "resize_mode": "fill"}
     image = _tensor("image", processor, _coloured(request.image), how)
-    encoded = image.shape[1] == processor.config.vae_latent_channels
+    given = request.image[0] if isinstance(request.image, list | tuple) else request.image
+    channels = processor.config.vae_latent_channels
+    encoded = isinstance(given, Tensor) and image.shape[1] == channels
     if not encoded and image.shape[1] != 3:
-        raise UserError(f"image has {image.shape[1]} channels; pass pictures of 3, or latents")
+        raise UserError(
+            f"image has {image.shape[1]} channels; pass pictures of 3, as arrays [H, W, 3] or"
+            " tensors [3, H, W], or latents"
+        )
+    if not encoded and image.abs().max() > EDGE:
+        raise UserError(
+            "image holds values outside of [0, 1], or of [-1, 1] where some are negative; divide"
+            " those of 0 to 255 by 255"
+        )
     if not request.paints:
         return Canvas(_dealt("image", image, request), encoded)
 
@@ -216,9 +229,18 @@ def _tensor(name: str, processor: VaeImageProcessor, images: Any, how: dict[str,
     try:
         made: Tensor = processor.preprocess(images, **how)
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
-        raise UserError(f"{name} cannot be read: {' '.join(str(error).split())}") from error
+        listed = images if isinstance(images, list) else [images]
+        shapes = [str(tuple(each.shape)) for each in listed if hasattr(each, "shape")]
+        why = f"shape {', '.join(shapes)}" if shapes else " ".join(str(error).split())
+        channels = 3 if name == "image" else 1
+        raise UserError(
+            f"{name} cannot be read: {why}; pass a PIL.Image, an array [H, W, {channels}] or a"
+            f" tensor [{channels}, H, W] in [0, 1], or a list or a batch of them"
+        ) from error
     if made.ndim != 4 or 0 in made.shape:
         raise UserError(f"{name} is too small: {tuple(made.shape)}")
+    if not made.isfinite().all():
+        raise UserError(f"{name} holds values that are not finite")
     return made
 
 

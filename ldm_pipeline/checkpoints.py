@@ -11,23 +11,22 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.loading import one_dtype, single_file
+from ldm_pipeline.loading import Dtypes, dtypes, one_dtype, single_file
 from ldm_pipeline.models import bundled, folders, small_decoder
 from ldm_pipeline.models.hub import fetched_index
 from ldm_pipeline.models.original.families import SDXL
 from ldm_pipeline.pipeline import LatentDiffusionPipeline
 from ldm_pipeline.pipeline_xl import LatentDiffusionXLPipeline
 from ldm_pipeline.stock_arguments import check_no_code
+from ldm_pipeline.values import check_path
 
 
 def load(
     source: str | os.PathLike[str] = "bundled",
     *,
-    dtype: torch.dtype | str | None = None,
-    torch_dtype: torch.dtype | str | None = None,
+    dtype: Dtypes | None = None,
+    torch_dtype: Dtypes | None = None,
     variant: str | None = None,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
@@ -41,7 +40,8 @@ def load(
 ) -> LatentDiffusionPipeline:
     """The pipeline for the model that `source` names: Stable Diffusion 1.x, 2.x or SDXL.
 
-    `dtype` (`torch_dtype` is its older name), torch's or its name, is float32 unless given.
+    `dtype` (`torch_dtype` is its older name), torch's or its name, is float32 unless given; for
+    folders and the hub, a dictionary says it by component.
     `variant`, `revision`, `cache_dir`, `token` and `local_files_only` are for folders and the hub,
     as they are in `from_pretrained`; HF_HUB_OFFLINE is honoured. `prediction_type` and `tokenizer`
     are for single files: what the UNet predicts ("epsilon" or "v_prediction"), and a folder with
@@ -51,12 +51,13 @@ def load(
     not safely, and where `custom_pipeline` or `trust_remote_code` ask for code of others.
     """
     check_no_code(custom_pipeline, trust_remote_code)
+    check_path("source", source)
     place = bundled.folder() if source == "bundled" else Path(source).expanduser()
-    dtype = one_dtype(dtype, torch_dtype)
+    wanted = dtypes(dtype, torch_dtype)
     parts: dict[str, Any] = {}
     if decoder is not None:
         small = small_decoder.find(decoder, of_bundled=source == "bundled")
-        parts["vae"] = small_decoder.opened(small, dtype)
+        parts["vae"] = small_decoder.opened(small, one_dtype(dtype, torch_dtype))
     if place.is_file():
         for name, value in {"variant": variant, "revision": revision}.items():
             if value is not None:
@@ -65,7 +66,8 @@ def load(
             place, prediction_type=prediction_type, tokenizer=tokenizer, given=parts
         )
         cls = _class(checkpoint.family is SDXL)
-        return _fitting(cls.from_checkpoint(checkpoint, dtype, parts), parts)
+        made = cls.from_checkpoint(checkpoint, one_dtype(dtype, torch_dtype), parts)
+        return _fitting(made, parts)
     asked = {"prediction_type": prediction_type, "tokenizer": tokenizer}
     for name, given in asked.items():
         if given is not None:
@@ -75,7 +77,7 @@ def load(
     contents = folders.index(place) if place.is_dir() else fetched_index(str(source), **hub)
     pipeline = _class(folders.is_xl(contents)).from_pretrained(
         place if place.is_dir() else source,
-        dtype=dtype,
+        dtype=wanted,
         variant=variant,
         **hub,
         **parts,

@@ -127,7 +127,7 @@ class Drawing(LiveValues, ImagePrompts, DiffusionPipeline):
         if canvas is not None and (known or not request.begins_at_noise):
             z = canvas.latents(vae, request, noise, like)
         n = request.latents
-        n = noise.draw(shape, like.dtype, like.device) if n is None else n.to(like.device)
+        n = noise.draw(shape, like.dtype, like.device) if n is None else n.to(like)
         plan = self._start(request, z, n, course)
         if canvas is None or not request.paints:
             return plan

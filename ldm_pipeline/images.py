@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.values import as_whole
 
 
 def to_output(images: Tensor, output_type: str, already: Sequence[bool] | None = None) -> Any:
@@ -77,8 +78,17 @@ def grown(
 
     Inpainting over the two is outpainting. The sides are continued by the pixels at their edges.
     `mask` (white is painted) is what is to be painted besides; with `painted` False it grows like
-    the picture, for sides that are to be cut off again.
+    the picture, for sides that are to be cut off again. Raises `UserError` for what is no picture,
+    a mask of another size, and sides that are no whole numbers of at least 0.
     """
+    given: dict[str, Any] = {"picture": picture} | ({} if mask is None else {"mask": mask})
+    for name, image in given.items():
+        if not isinstance(image, Image.Image):
+            raise UserError(f"{name} must be a PIL.Image, not {type(image).__name__}")
+    if mask is not None and mask.size != picture.size:
+        raise UserError(f"picture and mask must have one size, not {_sizes([picture, mask])}")
+    for name, side in {"left": left, "top": top, "right": right, "bottom": bottom}.items():
+        as_whole(name, side, 0)
     margins = ((top, bottom), (left, right))
     pixels = np.pad(np.asarray(picture.convert("RGB")), (*margins, (0, 0)), mode="edge")
     if mask is None:

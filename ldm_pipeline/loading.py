@@ -34,7 +34,10 @@ from ldm_pipeline.stock_arguments import (
     heard,
     of_a_file,
 )
-from ldm_pipeline.values import DTYPES
+from ldm_pipeline.values import DTYPES, check_path
+
+Dtypes = torch.dtype | str | Mapping[str, torch.dtype | str]
+"""A dtype, torch's or its name, or one for each component and "default" for the rest."""
 
 
 class FolderPipeline(DiffusionPipeline):
@@ -52,8 +55,8 @@ class FolderPipeline(DiffusionPipeline):
         cls,
         pretrained_model_name_or_path: str | os.PathLike[str],
         *,
-        dtype: torch.dtype | str | None = None,
-        torch_dtype: torch.dtype | str | None = None,
+        dtype: Dtypes | None = None,
+        torch_dtype: Dtypes | None = None,
         variant: str | None = None,
         revision: str | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
@@ -86,15 +89,17 @@ class FolderPipeline(DiffusionPipeline):
         """The pipeline in a Diffusers folder, ours or stock, or of a hub id.
 
         `dtype` (`torch_dtype` is its older name), torch's or its name, is float32 unless given,
-        whatever the files hold. Components that are passed are used instead of the folder's; None
-        leaves one out. A folder whose weights all come in one variant ("fp16") needs no `variant`.
-        The other arguments are stock's; a setting that only other pipelines have does nothing.
-        Raises `UserError` for a missing or incomplete folder, for a model of another shape, for
-        one that holds only pickled weights, and for one that wants to run its own code.
+        whatever the files hold; a dictionary says it by component. Components that are passed are
+        used instead of the folder's; None leaves one out. A folder whose weights all come in one
+        variant ("fp16") needs no `variant`. The other arguments are stock's; a setting that only
+        other pipelines have does nothing. Raises `UserError` for a missing or incomplete folder,
+        for a model of another shape, for one that holds only pickled weights, and for one that
+        wants to run its own code.
         """
         check_safe(use_safetensors)
         check_no_code(custom_pipeline, trust_remote_code)
-        dtype = one_dtype(dtype, torch_dtype)
+        dtype = dtypes(dtype, torch_dtype)
+        check_path("pretrained_model_name_or_path", pretrained_model_name_or_path)
         given = {
             "vae": vae,
             "text_encoder": text_encoder,
@@ -170,6 +175,7 @@ class FolderPipeline(DiffusionPipeline):
         """
         parts = of_a_file(cls.__name__, parts)
         parts = heard(cls.__name__, cls._get_signature_types(), parts)
+        check_path("pretrained_model_link_or_path", pretrained_model_link_or_path)
         file = Path(pretrained_model_link_or_path).expanduser()
         if not file.is_file():
             raise UserError(f"there is no file {file}; a hub id is opened with from_pretrained")
@@ -249,18 +255,31 @@ class FolderPipeline(DiffusionPipeline):
         return json.dumps(contents, indent=2, sort_keys=True) + "\n"
 
 
-def one_dtype(
-    dtype: torch.dtype | str | None, torch_dtype: torch.dtype | str | None
-) -> torch.dtype:
+def dtypes(
+    dtype: Dtypes | None, torch_dtype: Dtypes | None
+) -> torch.dtype | dict[str, torch.dtype]:
+    """The same as `one_dtype`, or what a dictionary says by component."""
+    wanted = torch_dtype if dtype is None else dtype
+    if isinstance(wanted, Mapping) and (dtype is None or torch_dtype is None):
+        return {name: one_dtype(each, None) for name, each in wanted.items()}
+    return one_dtype(dtype, torch_dtype)
+
+
+def one_dtype(dtype: Dtypes | None, torch_dtype: Dtypes | None) -> torch.dtype:
     """The dtype that was asked for under its name or its older one; float32 where none was.
 
-    Raises `UserError` for both at once, and for a text that names none of `DTYPES`.
+    Raises `UserError` for both at once, and for what is no dtype of floats and names none of
+    `DTYPES`.
     """
     if dtype is not None and torch_dtype is not None:
         raise UserError("dtype and torch_dtype were both passed; pass only dtype")
-    wanted = dtype or torch_dtype or torch.float32
+    wanted = torch_dtype if dtype is None else dtype
+    if wanted is None:
+        wanted = torch.float32
     if isinstance(wanted, str):
         wanted = getattr(torch, choose("dtype", wanted, DTYPES))
+    if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
+        raise UserError(f"dtype={wanted!r} must be one of {', '.join(DTYPES)}, or torch's")
     return wanted
 
 
@@ -293,7 +312,7 @@ def _quiet() -> Iterator[None]:
         diffusers_logging.set_verbosity(loudness)
 
 
-def dtype_argument(dtype: torch.dtype) -> dict[str, torch.dtype]:
+def dtype_argument(dtype: torch.dtype | dict[str, torch.dtype]) -> dict[str, Any]:
     """`dtype` under the name that the installed diffusers takes without a deprecation warning."""
     renamed = version.parse(diffusers_version) >= version.parse("0.42")
     return {"dtype" if renamed else "torch_dtype": dtype}

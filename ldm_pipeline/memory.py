@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ldm_pipeline.errors import UserError, choose
+from ldm_pipeline.values import check_flag
 
 ATTENTION = ("auto", "sdpa", "xformers", "sliced")
 OFFLOAD = ("none", "parts", "layers")
@@ -48,6 +49,8 @@ class Memory:
         choose("attention", self.attention, ATTENTION)
         choose("offload", self.offload, OFFLOAD)
         choose("quantise", self.quantise, QUANTISE)
+        for name in ("tiling", "slicing", "compile"):
+            check_flag(name, getattr(self, name))
         if self.compile and self.offload == "layers":
             raise UserError(
                 "offload='layers' does not go with compile: what is compiled would be cut at every"

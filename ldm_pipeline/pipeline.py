@@ -55,6 +55,16 @@ from ldm_pipeline.running import Callback, Run, tensors_for, under_way
 from ldm_pipeline.stock_loaders import SafeLoaders
 from ldm_pipeline.values import Text
 
+TENSORS = (
+    "latents",
+    "masked_image_latents",
+    "prompt_embeds",
+    "negative_prompt_embeds",
+    "pooled_prompt_embeds",
+    "negative_pooled_prompt_embeds",
+)
+"""What a request may hold as a tensor."""
+
 ENCODING = "encode a prompt (prompt_embeds and negative_prompt_embeds do without)"
 
 
@@ -125,7 +135,13 @@ class LatentDiffusionPipeline(
         GPU. Pictures stay the same within the precision. Nothing may be drawn meanwhile. Raises
         `UserError` for what cannot be done here.
         """
-        arranging.arrange(self, memory, None if device is None else torch.device(device))
+        if not isinstance(memory, Memory):
+            raise UserError(f"memory={memory!r} must be a Memory, such as Memory(tiling=True)")
+        try:
+            place = None if device is None else torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise UserError(f"device={device!r} is not known; name one as in cuda:1") from error
+        arranging.arrange(self, memory, place)
         return self
 
     # Drawing ----------------------------------------------------------------------------------
@@ -335,9 +351,48 @@ class LatentDiffusionPipeline(
             if getattr(self, name) is None:
                 raise UserError(f"this pipeline has no {name} to {purpose}")
         self._check_words(request)
+        self._check_tensors(request)
         choose("prediction_type", self._prediction_type, PREDICTION_TYPES)
         self._check_channels(request)
         self._check_image_prompt(request)
+
+    def _check_tensors(self, request: Request) -> None:
+        """Raise `UserError` for tensors that are none, hold what is not finite, or say to the UNet
+        what it was not made to read."""
+        for name in TENSORS:
+            given = getattr(request, name, None)
+            if given is None:
+                continue
+            if not isinstance(given, Tensor) or not given.is_floating_point():
+                kind = given.dtype if isinstance(given, Tensor) else type(given).__name__
+                raise UserError(f"{name} must be a torch.Tensor of floats, not {kind}")
+            if not given.isfinite().all():
+                raise UserError(f"{name} holds values that are not finite")
+            read = self._read_channels(name)
+            if read is not None and given.shape[-1] not in read:
+                raise UserError(
+                    f"{name} has {given.shape[-1]} channels, and this model's UNet reads"
+                    f" {' or '.join(map(str, read))}; another model's embeddings?"
+                )
+        negative = request.negative_prompt_embeds
+        if negative is not None and request.prompt_embeds is None and not request.weighted:
+            reader = self.tokenizer if self.tokenizer is not None else self.tokenizer_2
+            length = reader.model_max_length
+            if negative.shape[1] != length:
+                raise UserError(
+                    f"negative_prompt_embeds has {negative.shape[1]} tokens, and a prompt of words"
+                    f" has {length}; pass prompt_embeds too, of as many"
+                )
+
+    def _read_channels(self, name: str) -> Sequence[int] | None:
+        """The widths of which the embeddings `name` may be; None where that is not told."""
+        config = self.unet.config
+        if name not in ("prompt_embeds", "negative_prompt_embeds"):
+            return None
+        if config.encoder_hid_dim_type == "text_proj":
+            return [config.encoder_hid_dim]
+        width = config.cross_attention_dim
+        return [width] if isinstance(width, int) else list(width)
 
     def _check_channels(self, request: Request) -> None:
         """Raise `UserError` where the UNet reads another thing than the request has for it."""

@@ -398,3 +398,14 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
         super()._check_components(request)
         if self.unet.config.addition_embed_type != "text_time":
             raise UserError("this UNet is not SDXL's; open the model with ldm_pipeline.load")
+
+    def _read_channels(self, name: str) -> Sequence[int] | None:
+        """The widths of which the embeddings `name` may be; None where that is not told.
+
+        Beside a pooled answer the UNet reads six numbers, or as a refiner five.
+        """
+        room = self.unet.config.projection_class_embeddings_input_dim
+        each = self.unet.config.addition_time_embed_dim
+        if "pooled" not in name or room is None or each is None:
+            return super()._read_channels(name)
+        return [room - 6 * each, room - 5 * each]

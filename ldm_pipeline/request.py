@@ -20,7 +20,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ldm_pipeline.errors import UserError, choose
-from ldm_pipeline.values import Text, as_number, as_shape, as_texts, as_whole, check_levels
+from ldm_pipeline.values import (
+    Text,
+    as_number,
+    as_shape,
+    as_texts,
+    as_whole,
+    check_flag,
+    check_levels,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +51,8 @@ MASK_TENSORS = ("mask", "masked_image_latents")
 MAX_SEED = 2**63 - 1
 #: Latents are an eighth of the picture on each side.
 SIZE_STEP = 8
+#: Far beyond what models draw well; more only fills the memory.
+MAX_SIDE, MAX_PIXELS = 2**14, 2**26
 #: Steps and guidance where nobody names them, with `lcm` and without.
 LCM_STEPS, LCM_GUIDANCE = 4, 1.0
 STEPS, GUIDANCE = 50, 7.5
@@ -87,7 +97,8 @@ class Request:
 
     prompt, negative_prompt     a text or a list of them; one negative text serves every prompt
     prompt_embeds, …            [prompts, tokens, channels], instead of the texts
-    height, width               pixels, multiples of 8; None is the model's own size
+    height, width               pixels, multiples of 8, up to 16384 a side and 2**26 together; None
+                                is the model's own size
     num_inference_steps         at least 1; ignored when `timesteps` or `sigmas` are given
     timesteps, sigmas           custom noise levels, descending; at most one of the two
     guidance_scale              finite, at least 0; guidance is on above 1
@@ -161,12 +172,16 @@ class Request:
         self._check_numbers()
         self._check_randomness()
         self._check_pictures()
+        told = self.cross_attention_kwargs
+        if told is not None and not isinstance(told, Mapping):
+            raise UserError(
+                f"cross_attention_kwargs={told!r} must be a dictionary, such as {{'scale': 0.8}}"
+            )
         if self.sampler is not None:
             choose("sampler", self.sampler, SAMPLER_NAMES)
         if not isinstance(self.lcm, bool | str | os.PathLike):
             raise UserError(f"lcm={self.lcm!r} must be True, False or the path of an adapter")
-        if not isinstance(self.weighted, bool):
-            raise UserError(f"weighted={self.weighted!r} must be True or False")
+        check_flag("weighted", self.weighted)
         if self.lcm and self.sampler not in (None, *FEW_STEP_SAMPLERS):
             raise UserError(
                 f"sampler={self.sampler!r} does not go with lcm; leave it out, or choose one of"
@@ -305,6 +320,13 @@ class Request:
                 raise UserError(
                     f"{name}={size} is not a multiple of {SIZE_STEP}; the nearest is {near}"
                 )
+            if size is not None and size > MAX_SIDE:
+                raise UserError(f"{name}={size} is too large; a side has {MAX_SIDE} pixels at most")
+        if self.height and self.width and self.height * self.width > MAX_PIXELS:
+            raise UserError(
+                f"height={self.height} is too much with width={self.width}; a picture has"
+                f" {MAX_PIXELS} pixels at most, such as 8192x8192"
+            )
         if self.timesteps is not None and self.sigmas is not None:
             raise UserError("timesteps and sigmas were both passed; pass only one of them")
         for name in ("timesteps", "sigmas"):
@@ -377,11 +399,14 @@ class Request:
                     " it out"
                 )
         for name in ("image", "mask_image", "ip_adapter_image"):
-            if isinstance(getattr(self, name), str | os.PathLike):
+            given = getattr(self, name)
+            if isinstance(given, str | os.PathLike):
                 raise UserError(
-                    f"{name}={getattr(self, name)!r} is a name; open the picture first, as in"
+                    f"{name}={given!r} is a name; open the picture first, as in"
                     " PIL.Image.open(name)"
                 )
+            if isinstance(given, list | tuple) and not given:
+                raise UserError(f"{name} is an empty list; pass at least one picture")
         if self.strength is not None and as_number("strength", self.strength, 0.0, 1.0) == 0:
             raise UserError(f"strength={self.strength!r} would draw nothing; pass more than 0")
         if self.padding_mask_crop is not None:

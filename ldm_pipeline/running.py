@@ -107,8 +107,14 @@ class Run:
 def tensors_for(callback: Any, names: Sequence[str] | None) -> Sequence[str]:
     """The tensors that a callback is handed: `names`, or those that one of diffusers' own wants.
 
-    None are no names, as stock pipelines take it where there is no callback.
+    None are no names, as stock pipelines take it where there is no callback. Raises `UserError` for
+    a callback that cannot be called.
     """
+    if callback is not None and not callable(callback):
+        raise UserError(
+            f"callback_on_step_end={callback!r} must be a function of (pipeline, step, timestep,"
+            " tensors)"
+        )
     own = isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
     return callback.tensor_inputs if own else names if names is not None else ()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Sequence
 from numbers import Real
 from typing import Any
@@ -40,6 +41,18 @@ def as_texts(name: str, text: Text | None) -> list[str]:
     if not texts:
         raise UserError(f"{name} is an empty list; pass at least one text")
     return list(texts)
+
+
+def check_flag(name: str, value: Any) -> None:
+    """Raise `UserError` unless this is True or False."""
+    if not isinstance(value, bool):
+        raise UserError(f"{name}={value!r} must be True or False")
+
+
+def check_path(name: str, value: Any) -> None:
+    """Raise `UserError` unless this can be a name or a path."""
+    if not isinstance(value, str | os.PathLike):
+        raise UserError(f"{name}={value!r} must be a name or a path")
 
 
 def as_shape(name: str, tensor: Any) -> tuple[int, ...]:

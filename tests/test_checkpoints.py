@@ -75,7 +75,19 @@ def test_arguments_that_do_not_go_with_what_is_opened(ours: Any, tmp_path: Path)
         ("folder", {"prediction_type": "epsilon"}, "prediction_type is for single files"),
         ("folder", {"dtype": torch.float16, "torch_dtype": torch.float16}, "pass only dtype"),
         ("folder", {"torch_dtype": "bfloat17"}, "dtype='bfloat17' is not known"),
+        ("folder", {"dtype": 16}, "dtype=16 must be one of float32, bfloat16"),
+        ("folder", {"dtype": 0}, "dtype=0 must be"),
+        ("folder", {"dtype": torch.int8}, "dtype=torch.int8 must be"),
+        ("folder", {"dtype": {"unet": "float61"}}, "dtype='float61' is not known"),
+        ("a.safetensors", {"dtype": {"unet": torch.float16}}, "must be one of float32"),
     ]
     for name, told, message in wrongs:
         with pytest.raises(UserError, match=message):
             ldm_pipeline.load(tmp_path / name, **told)
+    ways: list[Opened] = [ldm_pipeline.load, LatentDiffusionPipeline.from_pretrained]
+    for opened in [*ways, LatentDiffusionPipeline.from_single_file]:
+        for none in (None, 5):
+            with pytest.raises(UserError, match=f"={none} must be a name or a path"):
+                opened(none)
+    mixed = ldm_pipeline.load(tmp_path / "folder", dtype={"unet": "float16", "default": "float32"})
+    assert (mixed.unet.dtype, mixed.vae.dtype) == (torch.float16, torch.float32)

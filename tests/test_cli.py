@@ -73,6 +73,8 @@ REFUSED = {
     "evaluate --decoder nowhere": "--decoder='nowhere'",
     "generate x --height 100": "multiple of 8",
     "generate x --width 12": "multiple of 8",
+    "generate x --height 100000000 --width 8": "--height=100000000 is too large",
+    "generate x --height 16384 --width 8192": "--height=16384 is too much with width=8192",
     "generate x --n 0": "--n=0",
     "generate x --seed -1": "--seed=-1",
     "generate x --device gpu": "--device",
@@ -143,6 +145,13 @@ def test_a_mistake_is_one_line_and_exit_code_2_before_anything_loads(
     assert err.count("\n") == 1
     assert REFUSED[arguments] in err
     assert sorted(tmp_path.iterdir()) == before, "a refused command left a file behind"
+
+
+@pytest.mark.parametrize("prompts", [[""], ["   "], ["a star", "\n"]])
+def test_a_prompt_without_words_is_nothing_to_draw(prompts: list[str], ldm: Ldm) -> None:
+    code, out, err = ldm("generate", *prompts)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "nothing to draw" in err
 
 
 def test_help_and_refusals_import_nothing_heavy() -> None:

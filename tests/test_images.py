@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.images import to_output, to_pictures, to_tensor
+from ldm_pipeline.images import grown, to_output, to_pictures, to_tensor
 
 
 def noise(*shape: int) -> np.ndarray:
@@ -54,3 +56,18 @@ def test_other_pictures() -> None:
     for wrong in (noise(8, 8), noise(8, 8, 4), noise(8, 8, 3).astype(np.float32)):
         with pytest.raises(UserError, match="must be uint8"):
             to_tensor(wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"right": -5}, "right=-5 must be a whole number of at least 0"),
+        ({"top": 1.5}, "top=1.5 must be"),
+        ({"picture": "x"}, "picture must be a PIL.Image, not str"),
+        ({"mask": 3}, "mask must be a PIL.Image, not int"),
+        ({"mask": Image.new("L", (8, 9))}, "must have one size"),
+    ],
+)
+def test_what_cannot_grow_is_refused(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        grown(**{"picture": Image.new("RGB", (8, 8)), "left": 1, **wrong})

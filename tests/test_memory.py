@@ -19,6 +19,7 @@ from ldm_pipeline.batch.orders import read_orders
 from ldm_pipeline.cli import Parser
 from ldm_pipeline.commands import generate
 from ldm_pipeline.commands import memory as flags
+from ldm_pipeline.errors import UserError
 from ldm_pipeline.memory import ATTENTION, OFFLOAD, PLAIN, QUANTISE, Memory
 from ldm_pipeline.metadata import Recipe
 from ldm_pipeline.models import quantising
@@ -117,6 +118,13 @@ def test_a_picture_drawn_plainly_is_written_as_before() -> None:
     assert "memory" not in json.loads(RECIPE.to_json())
     hidden = replace(RECIPE, memory=replace(PLAIN, offload="layers", slicing=True).seen)
     assert hidden == RECIPE, "where networks lie is not seen in a picture"
+
+
+@pytest.mark.parametrize("name", ["tiling", "slicing", "compile"])
+@pytest.mark.parametrize("value", ["yes", 1, None])
+def test_a_switch_is_on_or_off(name: str, value: Any) -> None:
+    with pytest.raises(UserError, match=f"{name}={value!r} must be True or False"):
+        Memory(**{name: value})
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler
@@ -13,6 +14,7 @@ from PIL import Image
 
 from ldm_pipeline import LatentDiffusionPipeline
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.memory import PLAIN
 from ldm_pipeline.request import SAMPLER_NAMES
 from ldm_pipeline.running import Run, under_way
 
@@ -323,6 +325,21 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"timesteps": [5000, 500], "sampler": "euler"}, "must fall"),
     ({"sigmas": [5.0, 1.0], "sampler": "pndm"}, "takes no custom sigmas"),
     ({"callback_on_step_end_tensor_inputs": ["noise"]}, "latents"),
+    ({"callback_on_step_end": 5}, "callback_on_step_end=5 must be a function"),
+    (
+        {"latents": np.zeros((1, 4, 16, 16))},
+        "latents must be a torch.Tensor of floats, not ndarray",
+    ),
+    ({"latents": torch.zeros(1, 4, 16, 16, dtype=torch.int64)}, "of floats, not torch.int64"),
+    ({"latents": torch.full((1, 4, 16, 16), torch.nan)}, "latents holds values that are not"),
+    ({"latents": torch.full((1, 4, 16, 16), torch.inf)}, "latents holds values that are not"),
+    ({"prompt": None, "prompt_embeds": torch.full((1, 77, 32), torch.nan)}, "prompt_embeds holds"),
+    (
+        {"prompt": None, "prompt_embeds": torch.ones(1, 77, 24)},
+        "24 channels, and this",
+    ),
+    ({"negative_prompt_embeds": torch.ones(1, 77, 24)}, "_prompt_embeds has 24 channels"),
+    ({"negative_prompt_embeds": torch.ones(1, 9, 32)}, "9 tokens, and a prompt of words has 77"),
 ]
 
 
@@ -336,8 +353,23 @@ def test_mistakes_are_refused_before_any_network_runs(
     for part in ("unet", "vae", "text_encoder"):
         monkeypatch.setattr(getattr(ours, part), "forward", called)
     with pytest.raises(UserError) as caught:
-        ours("a red star", **wrong)
+        ours(**{"prompt": "a red star", **wrong})
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("memory", "device", "message"),
+    [(5, None, "memory=5 must be a Memory"), (PLAIN, "gpu", "device='gpu' is not known")],
+)
+def test_what_cannot_be_arranged(ours: Any, memory: Any, device: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ours.arrange(memory, device)
+
+
+def test_latents_may_have_another_precision(ours: Any) -> None:
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    drawn = draw(ours, "a red star", latents=noise.double())
+    assert torch.equal(drawn, draw(ours, "a red star", latents=noise))
 
 
 def test_unknown_arguments_are_refused(ours: Any) -> None:

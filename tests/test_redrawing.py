@@ -230,6 +230,21 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"image": 3}, "image cannot be read"),
     ({"image": picture(1, 1)}, "image cannot be read: height and width must be > 0"),
     ({"image": torch.zeros(1, 1, 32, 32)}, "image has 1 channels"),
+    ({"image": np.zeros((32, 32, 4))}, "image has 4 channels"),
+    ({"image": torch.zeros(128, 128)}, "shape (128, 128); pass a PIL.Image, an array [H, W, 3]"),
+    ({"image": [torch.zeros(128, 128)]}, "image cannot be read: shape (128, 128); pass"),
+    ({"image": np.zeros((1, 128, 128))}, "image cannot be read: shape (1, 128, 128); pass"),
+    ({"image": np.zeros((3, 128, 128))}, "image has 128 channels; pass pictures of 3, as arrays"),
+    ({"image": picture(), "mask_image": torch.zeros(1, 1, 0, 4)}, "a tensor [1, H, W] in [0, 1]"),
+    ({"image": torch.full((1, 3, 32, 32), 300.0)}, "image holds values outside of [0, 1]"),
+    ({"image": torch.full((1, 3, 32, 32), -1.1)}, "image holds values outside of [0, 1]"),
+    ({"image": np.full((32, 32, 3), 255, np.uint8)}, "divide those of 0 to 255 by 255"),
+    ({"image": torch.full((1, 3, 32, 32), torch.nan)}, "image holds values that are not finite"),
+    ({"image": torch.full((1, 4, 16, 16), torch.inf)}, "image holds values that are not finite"),
+    (
+        {"image": picture(), "mask_image": np.full((32, 32), np.nan)},
+        "mask_image holds values that are not finite",
+    ),
     ({"image": [picture()] * 3}, "image has 3 entries for 1 images"),
     ({"image": picture(), "latents": torch.zeros(1, 4, 8, 8)}, "it must be (1, 4, 16, 16)"),
     ({"image": picture(), "callback_on_step_end_tensor_inputs": ["mask"]}, "'mask' is not known"),
@@ -312,6 +327,13 @@ def test_pictures_of_every_kind(ours: Any, mode: str) -> None:
     given = picture().convert(mode)
     drawn = draw(ours, "a", image=given, seed=1)
     assert torch.equal(drawn, draw(ours, "a", image=given.convert("RGB"), seed=1))
+
+
+def test_pixels_may_lie_a_little_beyond_their_range(ours: Any) -> None:
+    """What rounding adds is no mistake; nor are pixels from -1 on, which stock takes too."""
+    white = torch.ones(1, 3, 32, 32)
+    for pixels in (white + 5e-4, -white - 5e-4):
+        assert draw(ours, "a", image=pixels, seed=1).isfinite().all()
 
 
 def test_image_to_image_takes_a_size_and_a_noise(ours: Any) -> None:

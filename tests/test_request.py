@@ -82,6 +82,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"negative_prompt_embeds": tensor(1, 77, 32)}, "1 rows for 2 prompts"),
     ({"height": 130}, "height=130 is not a multiple of 8; the nearest is 128"),
     ({"width": 0}, "width=0"),
+    ({"height": 10**8, "width": 8}, "height=100000000 is too large; a side has 16384 pixels"),
+    ({"width": 16392}, "width=16392 is too large"),
+    ({"height": 16384, "width": 4104}, "height=16384 is too much with width=4104"),
     ({"width": 64.0}, "width=64.0 must be a whole number"),
     ({"num_inference_steps": 0}, "num_inference_steps=0 must be a whole number of at least 1"),
     ({"num_inference_steps": -4}, "num_inference_steps=-4"),
@@ -106,6 +109,9 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"eta": 0.5, "sampler": "euler"}, "eta=0.5 does nothing with sampler='euler'"),
     ({"eta": 0.5, "lcm": True}, "does nothing with sampler='lcm'"),
     ({"clip_skip": -1}, "clip_skip=-1"),
+    ({"cross_attention_kwargs": 5}, "cross_attention_kwargs=5 must be a dictionary"),
+    ({"image": []}, "image is an empty list; pass at least one picture"),
+    ({"image": 1, "mask_image": ()}, "mask_image is an empty list"),
     ({"seed": -1}, "seed=-1"),
     ({"seed": 2**63}, "too large"),
     ({"seed": "7"}, "seed='7'"),
@@ -157,6 +163,7 @@ def test_what_is_allowed() -> None:
     for name in SAMPLER_NAMES:
         assert Request(prompt="a", sampler=name).sampler == name
     Request(prompt="", guidance_scale=0, guidance_rescale=1, eta=1, clip_skip=0, seed=0)
+    Request(prompt="a", height=16384, width=4096, cross_attention_kwargs={"scale": 0.5})
     Request(prompt="a", num_inference_steps=None, timesteps=[999, 1])
     Request(prompt="a", callback_on_step_end_tensor_inputs=CALLBACK_TENSORS)
 

@@ -124,7 +124,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Draw, write the files and print their names on stdout."""
     prompts = [*args.prompt, *(read_prompts(args.prompts) if args.prompts else [])]
-    if not prompts:
+    if not prompts or not all(prompt.strip() for prompt in prompts):
         raise UserError('nothing to draw: give a prompt, as in ldm generate "a red star"')
     seed = secrets.randbelow(2**32) if args.seed is None else args.seed
     settle_steps(args, pictures.paints(args))

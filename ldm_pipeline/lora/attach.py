@@ -24,6 +24,7 @@ from ldm_pipeline.lora.layouts.diffusers import spell
 from ldm_pipeline.lora.targets import COMPONENTS, TEXT_MODEL, adaptable
 from ldm_pipeline.lora.weights import LoraWeights, split
 from ldm_pipeline.models.text import has_adapters
+from ldm_pipeline.values import check_path
 
 Pipeline = Any
 """A diffusers pipeline of the Stable Diffusion family: ours, or a stock one."""
@@ -37,11 +38,21 @@ def attach(
     They become the active adapters; others stay loaded. A file of weight 0 is loaded and not
     used, so pictures are the base's to the last bit (DoRA at scale 0 would not be that). Returns
     the adapters' names, in order, for `pipe.set_adapters`; `pipe.unload_lora_weights()` takes all
-    out. Raises `UserError` for a weight that is not finite, a file that cannot be read and one
-    that does not fit, with counts of its keys; the pipeline is then exactly as it was.
+    out. Raises `UserError` for what are no pairs, a weight that is not finite, a file that cannot
+    be read and one that does not fit, with counts of its keys; the pipeline is then exactly as it
+    was.
     """
+    pairs = isinstance(files, Sequence) and all(
+        isinstance(entry, list | tuple) and len(entry) == 2 for entry in files
+    )
+    if not pairs:
+        raise UserError(
+            f"files={files!r} must be a list of (path, weight) pairs, such as"
+            " [('words.safetensors', 0.8)]"
+        )
     models = networks(pipe)
     for path, weight in files:
+        check_path("path", path)
         check_weight(path, weight)
     names = put(pipe, models, [path for path, _ in files])
     strengths = {name: weight for name, (_, weight) in zip(names, files, strict=True) if weight}

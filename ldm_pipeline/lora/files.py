@@ -40,8 +40,12 @@ LAYOUTS = ("diffusers", "kohya", "peft")
 
 def check_weight(path: str | os.PathLike[str], weight: float) -> None:
     """Raise `UserError` for a weight that is no finite number."""
-    if not math.isfinite(weight):
-        raise UserError(f"the weight of {path} is {weight}; it must be a finite number, as 0.8")
+    try:
+        finite = math.isfinite(weight)
+    except TypeError:
+        finite = False
+    if not finite:
+        raise UserError(f"the weight of {path} is {weight!r}; it must be a finite number, as 0.8")
 
 
 def locate(path: str | os.PathLike[str]) -> Path:

@@ -180,8 +180,16 @@ def test_a_failure_half_way_is_undone(
     assert torch.equal(draw(pipe), picture)
 
 
-@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
-def test_a_weight_that_is_no_number_is_refused(pipe: Any, make: Any, weight: float) -> None:
+@pytest.mark.parametrize("files", ["a.safetensors", ["a.safetensors"], 5, [("a", 1.0, 2)]], ids=str)
+def test_what_are_no_pairs_is_refused(pipe: Any, files: Any) -> None:
+    with pytest.raises(UserError, match=r"must be a list of \(path, weight\) pairs"):
+        attach(pipe, files)
+    with pytest.raises(UserError, match="path=5 must be a name or a path"):
+        attach(pipe, [(5, 1.0)])  # type: ignore[list-item]  # the point of the test
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf"), "much", None])
+def test_a_weight_that_is_no_number_is_refused(pipe: Any, make: Any, weight: Any) -> None:
     before = snapshot(pipe)
     with pytest.raises(UserError, match="finite"):
         attach(pipe, [(make("one"), weight)])

@@ -277,13 +277,18 @@ def test_two_parts_are_the_whole(xl: dict[str, Any], name: str) -> None:
         ({"callback_on_step_end_tensor_inputs": ["negative_prompt_embeds"]}, "is not known"),
         ({"negative_prompt_2": "fog", "negative_prompt_embeds": "…"}, "were both passed"),
         ({"negative_prompt_embeds": "…"}, "belong together"),
+        (
+            {"negative_prompt_embeds": "…", "negative_pooled_prompt_embeds": "short"},
+            "negative_pooled_prompt_embeds has 20 channels, and this model's UNet reads 24 or 32",
+        ),
     ],
     ids=str,
 )
 def test_refusals(xl: dict[str, Any], arguments: dict[str, Any], message: str) -> None:
     ours, _ = both(xl)
     given = {
-        name: torch.zeros(1, 77, 64) if value == "…" else value for name, value in arguments.items()
+        name: {"…": torch.zeros(1, 77, 64), "short": torch.zeros(1, 20)}.get(str(value), value)
+        for name, value in arguments.items()
     }
     if message.startswith("none of"):
         given["latents"], given["denoising_start"] = torch.zeros(1, 4, 16, 16), 0.999
