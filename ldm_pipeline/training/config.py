@@ -96,6 +96,11 @@ class Settings(BaseModel):
         """The fields, dotted where they lie deeper, that a run keeps to its end, see `resuming`."""
         return ()
 
+    @classmethod
+    def spelt_out(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The same settings with what a null stands for, where that is another of them."""
+        return values
+
 
 class ShapeSettings(Settings):
     """The shape of a network that is trained: some of it, as heads, shows in no tensor's shape."""
