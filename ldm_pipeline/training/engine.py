@@ -56,8 +56,8 @@ from ldm_pipeline.training.updates import (
     leave_out,
     moving_average,
     optimiser_state,
-    ramps,
     restore_optimiser,
+    say_what_is_shortened,
     skips_on_the_device,
 )
 
@@ -375,11 +375,7 @@ class _Run:
         path, unfinished = run.out / FILE_NAME, run.out / f".{FILE_NAME}.unfinished"
         if self.done:
             say_what_changed(self.config)
-        asked = self.config.optimiser.warmup_steps, self.config.optimiser.cooldown_steps
-        fitting = ramps(run.steps, self.config.optimiser)
-        if fitting != asked:
-            told = "optimiser.warmup_steps=%d and cooldown_steps=%d are %d and %d in run.steps=%d"
-            log.info(told, *asked, *fitting, run.steps)
+        say_what_is_shortened(run.steps, self.config.optimiser)
         for name in ("best", "final"):
             settle_folder(run.out / name)
         with writing(path, unfinished):

@@ -9,6 +9,7 @@ Nothing here waits for the device: the guard lets the device itself leave an upd
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -20,6 +21,8 @@ from ldm_pipeline.errors import UserError
 from ldm_pipeline.training.config import OptimiserSettings
 from ldm_pipeline.training.muon import Muon
 from ldm_pipeline.training.objective import Averaging
+
+log = logging.getLogger(__name__)
 
 MOST_MEASURES = 16
 
@@ -43,6 +46,14 @@ def ramps(steps: int, settings: OptimiserSettings) -> tuple[int, int]:
         return warmup, cooldown
     warmup = round(steps * warmup / (warmup + cooldown))
     return warmup, steps - warmup
+
+
+def say_what_is_shortened(steps: int, settings: OptimiserSettings) -> None:
+    """Tell in one line where warm-up and cool-down are not as long as is asked for."""
+    asked, fitting = (settings.warmup_steps, settings.cooldown_steps), ramps(steps, settings)
+    if fitting != asked:
+        told = "optimiser.warmup_steps=%d and cooldown_steps=%d are %d and %d in run.steps=%d"
+        log.info(told, *asked, *fitting, steps)
 
 
 def build_optimiser(
