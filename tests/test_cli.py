@@ -21,7 +21,8 @@ import pytest
 from PIL import Image
 
 from ldm_pipeline.cli import COMMANDS, main
-from ldm_pipeline.commands import adapters, evaluate, generate
+from ldm_pipeline.commands import adapters, dataset, evaluate, generate, lora
+from ldm_pipeline.commands.kinds import REQUIRED
 from ldm_pipeline.grid import captioned_grid
 from ldm_pipeline.metadata import Recipe
 from ldm_pipeline.models import bundled
@@ -169,6 +170,19 @@ def test_help_and_refusals_import_nothing_heavy() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize("command", [lora, dataset], ids=["lora", "dataset"])
+def test_the_help_lists_each_kind_with_its_own_flags(ldm: Ldm, command: Any) -> None:
+    name = command.__name__.rpartition(".")[2]
+    for asked in ("--help", f"{next(iter(command.KINDS))} --help"):
+        _, out, _ = ldm(name, *asked.split())
+        for kind, told in command.KINDS.items():
+            (section,) = [part for part in out.split("\n\n") if part.startswith(f"{kind}: ")]
+            lines = section.splitlines()[1:]
+            assert [line.split()[0] for line in lines] == [f"--{flag}" for flag in told.defaults]
+            needed = [line.split()[0][2:] for line in lines if line.endswith("(required)")]
+            assert needed == [flag for flag, value in told.defaults.items() if value is REQUIRED]
 
 
 def test_an_interrupt_is_130_without_a_traceback(ldm: Ldm, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,13 +2,13 @@
 
 Each kind is one `Kind`: its flags with their defaults, and the function that does it. All kinds of
 a command share one parser, so that arguments may come in any order; a flag that another kind takes
-is refused by name.
+is refused by name. The help lists each kind with its own flags.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,14 +42,25 @@ def declare(
     places: str,
 ) -> None:
     """Declare the kind, its places and all flags; what is not given stays out of the namespace."""
-    purposes = "; ".join(f"{name}: {kind.purpose}" for name, kind in kinds.items())
-    parser.add_argument("kind", help=purposes)
+    parser.add_argument("kind", help=f"one of {', '.join(kinds)}")
     parser.add_argument("places", nargs="*", metavar="place", help=places)
     for flag, declared in flags.items():
-        own = {name: kind.defaults[flag] for name, kind in kinds.items() if flag in kind.defaults}
-        shown = ", ".join(f"{name}{_shown(default)}" for name, default in own.items())
-        told = {**declared, "help": f"{declared['help']} ({shown})"}
-        parser.add_argument(f"--{flag}", default=argparse.SUPPRESS, **told)
+        hidden = {**declared, "help": argparse.SUPPRESS}
+        parser.add_argument(f"--{flag}", default=argparse.SUPPRESS, **hidden)
+    parser.usage = "%(prog)s KIND [place ...] [flags]"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.epilog = "\n\n".join(
+        "\n".join(_described(name, kind, flags)) for name, kind in kinds.items()
+    )
+
+
+def _described(name: str, kind: Kind, flags: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    """The lines of the help about a kind: its purpose, and its flags with their defaults."""
+    yield f"{name}: {kind.purpose}"
+    for flag, default in kind.defaults.items():
+        declared = flags[flag]
+        takes = "" if "action" in declared else f" {declared.get('metavar', flag.upper())}"
+        yield f"  --{flag + takes:<24} {declared['help']}{_shown(default)}"
 
 
 def run_kind(command: str, kinds: Mapping[str, Kind], args: argparse.Namespace) -> None:
@@ -85,5 +96,5 @@ def _of_kind(told: str, args: argparse.Namespace, kind: Kind) -> argparse.Namesp
 def _shown(default: object) -> str:
     """A default for the help: nothing for switches and what has none."""
     if default is REQUIRED:
-        return ", required"
-    return "" if default is None or default is False else f": {default}"
+        return " (required)"
+    return "" if default is None or default is False else f" (default: {default})"

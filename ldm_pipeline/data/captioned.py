@@ -130,6 +130,11 @@ def read_dataset(
     ]
 
 
+def is_table(source: str | Path) -> bool:
+    """Whether `source` is a table, and not files; `UserError` where it is no dataset."""
+    return isinstance(_find(source, "train"), rows.Table)
+
+
 def in_memory(item: Item) -> Item:
     """The item with the bytes that its files hold now; raises `BadPicture` where one has none."""
     picture = InMemory(item.picture.name, item.picture.read())

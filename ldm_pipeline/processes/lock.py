@@ -43,16 +43,24 @@ def alone_in(folder: Path, name: str, ranks: Ranks) -> Iterator[None]:
     """Within the block no other run writes into `folder`, which is made where it is missing.
 
     `name` is what people call the folder. Raises `UserError`, in every process, where another run
-    is at it. A folder that stays empty does not stay.
+    is at it or it cannot be made. A folder that stays empty does not stay.
     """
     missing = [place for place in (folder, *folder.parents) if not place.exists()]
-    handle = _lock(folder / NAME) if ranks.index == 0 else None
-    taken = ranks.index == 0 and handle is None
-    if ranks.told("taken" if taken else ""):
-        raise UserError(
-            f"another run writes into {name}={folder}; wait until it has ended, or choose another "
-            "folder"
-        )
+    handle, refusal = None, ""
+    if ranks.index == 0:
+        try:
+            handle = _lock(folder / NAME)
+        except OSError as error:
+            why = error.strerror or error
+            refusal = f"{name}={folder} cannot be written to ({why}); choose another folder"
+        else:
+            if handle is None:
+                refusal = (
+                    f"another run writes into {name}={folder}; wait until it has ended, or choose "
+                    "another folder"
+                )
+    for told in ranks.told(refusal):
+        raise UserError(told)
     try:
         yield
     finally:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Literal
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -45,6 +45,14 @@ class AdapterSettings(Settings):
     def settled(self) -> Collection[str]:
         """The values of an adapter mean what its modules, its scale and its kind make of them."""
         return [name for name in type(self).model_fields if name != "formats"]
+
+    @classmethod
+    def spelt_out(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Alpha is the rank, unless it is given."""
+        rank = values.get("rank")
+        if rank is None or values.get("alpha", rank) is not None:
+            return values
+        return {**values, "alpha": float(rank)}
 
     def settings(self) -> LoraSettings:
         """The same as `lora` takes it."""

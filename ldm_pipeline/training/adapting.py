@@ -39,7 +39,13 @@ from ldm_pipeline.training.lora_card import PICTURES, model_card
 from ldm_pipeline.training.lora_export import check_formats, family_of_unet, write_formats
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.sharding import sharding
-from ldm_pipeline.training.start import attend_quickly, compiled, precision, take_adapter
+from ldm_pipeline.training.start import (
+    attend_quickly,
+    check_adapter,
+    compiled,
+    precision,
+    take_adapter,
+)
 from ldm_pipeline.training.too_large import in_memory
 
 BANDS = 4
@@ -102,8 +108,8 @@ class Pictures(Protocol):
 class AdapterObjective(nn.Module, ABC):
     """Train an adapter alone; what it is to learn, a subclass says.
 
-    `train_texts` adapts the text encoders as well. Data that cannot be read are refused before the
-    model is opened.
+    `train_texts` adapts the text encoders as well. Data that cannot be read, and a begin_from that
+    holds nothing to begin from, are refused before the model is opened.
     """
 
     def __init__(
@@ -125,6 +131,8 @@ class AdapterObjective(nn.Module, ABC):
                 "under FSDP all processes must call the network equally often, and a batch of "
                 f"several sizes calls it for each; set data.fixed=true (sizes: {self.data.sizes})"
             )
+        if config.begin_from is not None:
+            self._check_begin_from(config.begin_from)
         pipe = open_model(config.model, self._dtype())
         self.kind, self.schedule = _levels_of(pipe, zero_terminal_snr)
         self.conditioning = conditioning_of(pipe)
@@ -156,6 +164,10 @@ class AdapterObjective(nn.Module, ABC):
         self._base: list[Image] = []
         self._drawn_last: tuple[str, list[Image]] = ("", [])
         self._make(pipe, models)
+
+    def _check_begin_from(self, place: Path) -> None:
+        """Raise UserError where what is to be gone on from is not there."""
+        check_adapter(place)
 
     def _make(self, pipe: Any, models: dict[str, nn.Module]) -> None:
         """Make what is trained: an adapter in `models`, which are those of `pipe`."""

@@ -120,6 +120,12 @@ class Captioned:
         self.settings, self.seed, self.batch_size = settings, seed, batch_size
         self.precision = precision
         self.wording = settings.captions.wording
+        sources = [settings.source, *filter(None, [settings.regularisation])]
+        if settings.stream and not any(map(captioned.is_table, sources)):
+            raise UserError(
+                "data.stream=true is for tables, which are parquet files and hub ids, not for "
+                f"{' and '.join(sources)}; leave it out"
+            )
         samples = self._looked_at(settings.source, regularisation=False)
         held = round(settings.held_out * len(samples))
         held = min(max(held, 1), len(samples) - 1) if settings.held_out else 0
@@ -227,6 +233,7 @@ class Captioned:
                 stream_to=_streamed(settings, source, split) if settings.stream else None,
                 limit=settings.limit,
             )
+        self._look_at_captions(items, source, regularisation)
         buckets = settings.buckets()
         samples, bad = [], 0
         for item in items:
@@ -242,6 +249,21 @@ class Captioned:
         if not samples:
             raise UserError(f"{source} has no picture that can be trained on")
         return samples
+
+    def _look_at_captions(self, items: Sequence[Item], source: str, regularisation: bool) -> None:
+        """Say how many pictures have no words; UserError where there are none to learn at all.
+
+        Pictures that regularise may well have none: what the model draws unasked is then kept.
+        """
+        without = sum(not any(item.captions) for item in items)
+        if not without or self.settings.captions.default is not None:
+            return
+        if without == len(items) and not regularisation:
+            raise UserError(
+                f"no picture of data.source={source} has a caption; write them (.txt files or "
+                'metadata.jsonl), or set data.captions.default, which all get ("": no words)'
+            )
+        log.warning("%d of %d pictures of %s have no caption", without, len(items), source)
 
 
 def _streamed(settings: CaptionedSettings, source: str, split: str | None) -> Path:

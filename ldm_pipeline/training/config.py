@@ -13,8 +13,10 @@ and returns a frozen value. Nothing is read from the environment.
 
 from __future__ import annotations
 
+import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Self, TypeVar, Union, get_args, get_origin
@@ -30,8 +32,9 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
-from ldm_pipeline.errors import UserError, nearest
+from ldm_pipeline.errors import UserError, nearest, suggestion
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -51,6 +54,29 @@ Precision = Annotated[
 NO_YAML = (yaml.YAMLError, ValueError, RecursionError)
 """What the YAML reader raises: dates that no calendar has and endless nesting included."""
 
+PLAIN = {
+    "model_type": "must be a section of keys, as {{key: value}}",
+    "dict_type": "must be a section of keys, as {{key: value}}",
+    "tuple_type": "must be a list, as [a, b]",
+    "string_type": "must be a text",
+    "path_type": "must be a path",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "greater_than": "must be more than {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be less than {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "too_long": "must have at most {max_length} entries",
+    "invalid_key": "is no name of a setting",
+}
+"""What a person is told of a wrong value, by pydantic's name for the mistake."""
+
 
 class Settings(BaseModel):
     """A frozen group of settings that refuses keys it does not know."""
@@ -69,6 +95,11 @@ class Settings(BaseModel):
     def settled(self) -> Collection[str]:
         """The fields, dotted where they lie deeper, that a run keeps to its end, see `resuming`."""
         return ()
+
+    @classmethod
+    def spelt_out(cls, values: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The same settings with what a null stands for, where that is another of them."""
+        return values
 
 
 class ShapeSettings(Settings):
@@ -187,11 +218,9 @@ def parse(config: type[Config], argv: Sequence[str] | None = None) -> Config:
 def read_yaml(path: Path) -> dict[str, Any]:
     """A YAML file as a dictionary; raises UserError where it is missing or is something else."""
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _from_yaml(path.read_text(encoding="utf-8"), f"{path}:")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {path}: cannot be read ({error})") from error
-    except NO_YAML as error:
-        raise UserError(f"{path}: is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold sections with keys, not {type(values).__name__}")
     return values
@@ -210,20 +239,63 @@ def validated(
     try:
         return config.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        source = "command line" if key in overridden else source
+        # A misspelt key is told before the one that is missing for it.
+        errors = sorted(
+            error.errors(), key=lambda one: (one["type"] != "extra_forbidden", len(one["loc"]))
+        )
+        key = _key(config, errors[0]["loc"])
+        # One error for each type that a value may have; what is in a list is told of that alone.
+        same = [one for one in errors if _key(config, one["loc"]) == key]
+        first = max(same, key=lambda one: len(one["loc"]))
+        if any(key == asked or key.startswith(f"{asked}.") for asked in overridden):
+            source = "command line"
         if first["type"] == "extra_forbidden":
-            known = _keys_beside(config, first["loc"])
-            match = nearest(str(first["loc"][-1]), known)
-            hint = f"did you mean {match!r}?" if match else f"known: {', '.join(sorted(known))}"
+            strange = [repr(one["loc"][0]) for one in errors if _is_strange(one)]
+            if len(strange) > 2:
+                raise UserError(
+                    f"{source}: unknown keys {', '.join(strange)}; is it the configuration of "
+                    "another training?"
+                ) from error
+            hint = _hint(config, first["loc"])
             raise UserError(f"{source}: unknown key {key!r} ({hint})") from error
         if first["type"] == "missing":
             raise UserError(f"{source}: {key!r} is missing") from error
-        value = first["input"]
-        told = key if isinstance(value, dict) else f"{key}={value!r}"
-        why = first["msg"].removeprefix("Value error, ")
+        value, deeper = first["input"], isinstance(first["input"], dict)
+        told = key if deeper else f"{key}={value!r}"
+        whys = [_why(one) for one in same if len(one["loc"]) == len(first["loc"])]
+        why = " or ".join([whys[0], *(why.removeprefix("must be ") for why in whys[1:])])
+        if deeper and first["type"] in PLAIN:
+            why += ", not a section of keys"
         raise UserError(f"{source}: {f'{told}: ' if told else ''}{why}") from error
+
+
+def _is_strange(error: ErrorDetails) -> bool:
+    """Whether a mistake is a key that no section and no value at the top has."""
+    return error["type"] == "extra_forbidden" and len(error["loc"]) == 1
+
+
+def _why(error: ErrorDetails) -> str:
+    """What is wrong with a value, in plain words."""
+    told = error.get("ctx", {})
+    if error["type"] == "literal_error":
+        choices = re.findall(r"'([^']*)'", told["expected"])
+        return f"choose one of {', '.join(choices)}{suggestion(str(error['input']), choices)}"
+    plain = PLAIN.get(error["type"])
+    return plain.format(**told) if plain else error["msg"].removeprefix("Value error, ")
+
+
+def _hint(config: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    """What an unknown key may have meant: a key of its section, or one of another by that name."""
+    name, beside = str(loc[-1]), _keys_beside(config, loc)
+    elsewhere: dict[str, list[str]] = {}
+    for key in _leaves(config):
+        elsewhere.setdefault(key.rpartition(".")[2], []).append(key)
+    match = nearest(name, beside)
+    if match is None or name in elsewhere:
+        other = nearest(name, elsewhere)
+        if other is not None:
+            return f"did you mean {' or '.join(map(repr, elsewhere[other]))}?"
+    return f"did you mean {match!r}?" if match else f"known: {', '.join(sorted(beside))}"
 
 
 def write_yaml(config: TrainingConfig, path: Path) -> None:
@@ -252,23 +324,69 @@ def _value(config: type[BaseModel], key: str, text: str) -> Any:
     kinds = _kinds(_annotation(config, key))
     if kinds - {NoneType} and kinds <= {str, Path, NoneType}:
         return None if text == "null" and NoneType in kinds else text
+    return _from_yaml(text, f"--{key}: {text!r}") if text else ""
+
+
+class _OnceLoader(yaml.SafeLoader):
+    """A safe reader that refuses a key which is there twice: YAML's would keep the last in silence.
+
+    It looks where a mapping is read, before keys of others are merged into it, which it may change.
+    """
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        """The mapping; raises UserError with the lines of a key that is there twice."""
+        node = super().compose_mapping_node(anchor)
+        lines: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in lines:
+                    first = lines[key.value]
+                    raise UserError(f"has {key.value!r} in line {first} and again in line {line}")
+                lines[key.value] = line
+        return node
+
+
+def _from_yaml(text: str, source: str) -> Any:
+    """What a text says in YAML; a UserError names the `source` of one that is none."""
+    loader = _OnceLoader(text)
     try:
-        return yaml.safe_load(text) if text else ""
+        return loader.get_single_data()
+    except UserError as error:
+        raise UserError(f"{source} {error}; keep one of them") from error
     except NO_YAML as error:
-        why = " ".join(str(error).split())
-        raise UserError(f"--{key}: {text!r} is not YAML ({why})") from error
+        raise UserError(f"{source} is not YAML ({' '.join(str(error).split())})") from error
+    finally:
+        loader.dispose()
 
 
-def _annotation(model: type[BaseModel] | None, key: str) -> Any:
+def _annotation(config: type[BaseModel], key: str) -> Any:
     """The type of the field at a dotted key; None where there is no such field."""
-    annotation: Any = None
-    for part in key.split("."):
-        field = model.model_fields.get(part) if model is not None else None
-        if field is None:
-            return None
-        annotation = field.annotation
-        model = _section(annotation)
-    return annotation
+    return reduce(_under, key.split("."), config)
+
+
+def _under(annotation: Any, part: int | str) -> Any:
+    """The type of what is under a key, or at a place, of a value; None where nothing can be."""
+    for kind in _kinds(annotation):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            field = kind.model_fields.get(str(part))
+            return field.annotation if field else None
+        if get_origin(kind) is dict:
+            return get_args(kind)[1]
+        if get_origin(kind) is tuple:
+            return get_args(kind)[0]
+    return None
+
+
+def _key(config: type[BaseModel], loc: tuple[int | str, ...]) -> str:
+    """A mistake's place as a dotted key; which of a field's types it is about is left out."""
+    parts: list[str] = []
+    annotation: Any = config
+    for part in loc:
+        if len(_kinds(annotation) - {NoneType}) == 1:
+            annotation = _under(annotation, part)
+            parts.append(str(part))
+    return ".".join(parts)
 
 
 def _kinds(annotation: Any) -> set[Any]:
@@ -288,20 +406,25 @@ def _put(values: dict[str, Any], key: str, value: Any) -> None:
     values[name] = value
 
 
-def _keys_beside(model: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
+def _keys_beside(config: type[BaseModel], loc: tuple[int | str, ...]) -> list[str]:
     """The keys that the section at loc[:-1] knows."""
-    for part in loc[:-1]:
-        field = model.model_fields.get(str(part))
-        inner = _section(field.annotation) if field else None
+    section = _section(reduce(_under, loc[:-1], config))
+    return list(section.model_fields) if section else []
+
+
+def _leaves(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The dotted keys of all fields that are no sections."""
+    for name, field in section.model_fields.items():
+        inner = _section(field.annotation)
         if inner is None:
-            return []
-        model = inner
-    return list(model.model_fields)
+            yield f"{prefix}{name}"
+        else:
+            yield from _leaves(inner, f"{prefix}{name}.")
 
 
 def _section(annotation: Any) -> type[BaseModel] | None:
     """The group of settings that a field holds, always or perhaps; None for other fields."""
-    for kind in (annotation, *get_args(annotation)):
+    for kind in _kinds(annotation):
         if isinstance(kind, type) and issubclass(kind, BaseModel):
             return kind
     return None

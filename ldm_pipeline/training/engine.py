@@ -57,6 +57,7 @@ from ldm_pipeline.training.updates import (
     moving_average,
     optimiser_state,
     restore_optimiser,
+    say_what_is_shortened,
     skips_on_the_device,
 )
 
@@ -80,6 +81,8 @@ def check(config: TrainingConfig) -> None:
     Nothing is built to find out: whoever has data to encode first can ask before.
     """
     run, state = config.run, launched()
+    if config.begin_from is not None and not config.begin_from.exists():
+        raise UserError(f"begin_from={config.begin_from} is not there; name what was trained")
     check_resume(config)
     check_tracker(run.log_with)
     sharding(state)
@@ -372,6 +375,7 @@ class _Run:
         path, unfinished = run.out / FILE_NAME, run.out / f".{FILE_NAME}.unfinished"
         if self.done:
             say_what_changed(self.config)
+        say_what_is_shortened(run.steps, self.config.optimiser)
         for name in ("best", "final"):
             settle_folder(run.out / name)
         with writing(path, unfinished):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -44,11 +44,17 @@ from ldm_pipeline.training.updates import MovingAverage
 from ldm_pipeline.training.world_data import CachedWorldSettings
 from ldm_pipeline.training.world_pictures import WorldPictures
 
+MOST_LEVELS = 1000
+"""All levels of Stable Diffusion, and of whatever was made from it; the model's are looked at, too,
+when it is open."""
+
 
 class DistillationSettings(Settings):
     """What the student learns of the teacher; see `diffusion.consistency`."""
 
-    original_steps: Positive = Field(default=50, description="levels that the student knows")
+    original_steps: Annotated[Positive, Field(le=MOST_LEVELS)] = Field(
+        default=50, description="levels that the student knows"
+    )
     timestep_scaling: PositiveFloat = Field(default=10.0, description="of the boundary condition")
     w: tuple[NonNegativeFloat, NonNegativeFloat] = Field(
         default=(5.0, 15.0), description="the teacher's guidance_scale - 1, drawn between these"

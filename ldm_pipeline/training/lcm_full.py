@@ -28,11 +28,14 @@ from ldm_pipeline.models.conditioning import OneEncoder
 from ldm_pipeline.training.adapting import OpenModel
 from ldm_pipeline.training.lcm import LcmConfig, LcmObjective
 from ldm_pipeline.training.lora_card import PICTURES
-from ldm_pipeline.training.start import part_of, take_weights
+from ldm_pipeline.training.start import part_of, take_weights, weights_in
 
 
 class FullLcmObjective(LcmObjective):
     """The same as `LcmObjective`, learnt by a whole UNet that hears w."""
+
+    def _check_begin_from(self, place: Path) -> None:
+        weights_in(part_of(place, "unet"))
 
     def _make(self, pipe: Any, models: dict[str, nn.Module]) -> None:
         """The student beside the teacher, which is frozen as all of `pipe` is."""

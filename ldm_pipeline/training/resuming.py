@@ -59,7 +59,8 @@ def refuse_other_meaning(config: TrainingConfig, earlier: Mapping[str, Any], pla
     `earlier` are settings in sections, `place` is what was begun with them. What they do not name
     is passed over: an older version wrote no settings that it did not have.
     """
-    asked = config.model_dump(mode="json")
+    earlier = spelt_out(config, earlier)
+    asked = spelt_out(config, config.model_dump(mode="json"))
     odd = []
     for key in settled(config):
         before, now = _at(earlier, key), _at(asked, key)
@@ -74,7 +75,8 @@ def refuse_other_meaning(config: TrainingConfig, earlier: Mapping[str, Any], pla
 
 def changes(config: TrainingConfig, earlier: Mapping[str, Any]) -> str:
     """The settings that differ, as `key old -> new`, in one line; empty where none does."""
-    before, now = _flat(earlier), _flat(config.model_dump(mode="json"))
+    told = (earlier, config.model_dump(mode="json"))
+    before, now = (_flat(spelt_out(config, values)) for values in told)
     pairs = {key: (before.get(key, UNSET), now.get(key, UNSET)) for key in {**before, **now}}
     return ", ".join(
         f"{key} {_told(old)} -> {_told(new)}" for key, (old, new) in pairs.items() if old != new
@@ -87,6 +89,15 @@ def settled(section: Settings, prefix: str = "") -> Iterator[str]:
     for name, value in section:
         if isinstance(value, Settings):
             yield from settled(value, f"{prefix}{name}.")
+
+
+def spelt_out(section: Settings, values: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`values` of these settings, in sections, with what nulls stand for (`Settings.spelt_out`)."""
+    told = dict(section.spelt_out(values))
+    for name, inner in section:
+        if isinstance(inner, Settings) and isinstance(told.get(name), Mapping):
+            told[name] = spelt_out(inner, told[name])
+    return told
 
 
 def _at(values: Any, key: str) -> Any:

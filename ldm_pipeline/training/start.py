@@ -34,16 +34,30 @@ def take_weights(module: nn.Module, folder: Path, setting: str = "begin_from") -
     Raises UserError, which calls the `setting` that named the folder by its name, where the folder
     has none or they are those of a model of another shape.
     """
-    files = [folder / name for name in NAMES if (folder / name).is_file()]
-    if not files:
-        raise UserError(f"{setting}: {folder} holds none of {', '.join(NAMES)}")
+    file = weights_in(folder, setting)
     try:
-        module.load_state_dict(load_file(files[0]))
+        module.load_state_dict(load_file(file))
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{setting}: {files[0]} cannot be read ({error})") from error
+        raise UserError(f"{setting}: {file} cannot be read ({error})") from error
     except RuntimeError as error:
         why = " ".join(str(error).split())[:200]
-        raise UserError(f"{setting}: {files[0]} is a model of another shape ({why})") from error
+        raise UserError(f"{setting}: {file} is a model of another shape ({why})") from error
+
+
+def weights_in(folder: Path, setting: str = "begin_from") -> Path:
+    """The file of weights in a model's folder; UserError, as of `take_weights`, for none."""
+    found = [folder / name for name in NAMES if (folder / name).is_file()]
+    if not found:
+        raise UserError(f"{setting}: {folder} holds none of {', '.join(NAMES)}")
+    return found[0]
+
+
+def check_adapter(place: Path) -> None:
+    """Raise UserError where begin_from's `place` has no LoRA; its header alone is read."""
+    try:
+        files.inspect(place)
+    except UserError as error:
+        raise UserError(f"begin_from: {error}") from error
 
 
 @torch.no_grad()

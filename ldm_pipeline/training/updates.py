@@ -9,6 +9,7 @@ Nothing here waits for the device: the guard lets the device itself leave an upd
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -21,6 +22,8 @@ from ldm_pipeline.training.config import OptimiserSettings
 from ldm_pipeline.training.muon import Muon
 from ldm_pipeline.training.objective import Averaging
 
+log = logging.getLogger(__name__)
+
 MOST_MEASURES = 16
 
 NOT_STATE = ("params", "param_names", "lr", "weight_decay", "betas", "eps")
@@ -29,10 +32,28 @@ NOT_STATE = ("params", "param_names", "lr", "weight_decay", "betas", "eps")
 
 def learning_rate(step: int, steps: int, settings: OptimiserSettings) -> float:
     """The rate of update `step` (from 0): linear warm-up, constant, linear cool-down to zero."""
-    warm = min(1.0, (step + 1) / settings.warmup_steps) if settings.warmup_steps else 1.0
-    left = steps - step
-    cool = min(1.0, left / settings.cooldown_steps) if settings.cooldown_steps else 1.0
+    warmup, cooldown = ramps(steps, settings)
+    warm = min(1.0, (step + 1) / warmup) if warmup else 1.0
+    cool = min(1.0, (steps - step) / cooldown) if cooldown else 1.0
     return settings.lr * min(warm, cool)
+
+
+def ramps(steps: int, settings: OptimiserSettings) -> tuple[int, int]:
+    """The steps of warm-up and of cool-down in a run of `steps`: in proportion fewer than are asked
+    for where both do not fit, or the rate would never be the one that is asked for."""
+    warmup, cooldown = settings.warmup_steps, settings.cooldown_steps
+    if warmup + cooldown <= steps:
+        return warmup, cooldown
+    warmup = round(steps * warmup / (warmup + cooldown))
+    return warmup, steps - warmup
+
+
+def say_what_is_shortened(steps: int, settings: OptimiserSettings) -> None:
+    """Tell in one line where warm-up and cool-down are not as long as is asked for."""
+    asked, fitting = (settings.warmup_steps, settings.cooldown_steps), ramps(steps, settings)
+    if fitting != asked:
+        told = "optimiser.warmup_steps=%d and cooldown_steps=%d are %d and %d in run.steps=%d"
+        log.info(told, *asked, *fitting, steps)
 
 
 def build_optimiser(

@@ -132,6 +132,17 @@ ON_THE_COMMAND_LINE = {
     "no date": ([*OUT, "--run.steps", "2024-13-45"], "--run.steps: '2024-13-45' is not YAML"),
     "too deep": ([*OUT, "--run.steps", "[" * 1000], "is not YAML"),
     "short pair": ([*OUT, "--optimiser.betas", "[0.9]"], "optimiser.betas"),
+    "long pair": ([*OUT, "--optimiser.betas", "[0, 0, 0]"], "must have at most 2 entries"),
+    "list for a section": (["--run", "[1]"], "run=[1]: must be a section of keys, as {key: value}"),
+    "section for a number": (
+        [*OUT, "--run.seed", "{a: 1}"],
+        "command line: run.seed: must be a whole number, not a section of keys",
+    ),
+    "a range in words": ([*OUT, "--run.steps", "0"], "must be more than 0"),
+    "near a choice": ([*OUT, "--optimiser.kind", "adam"], "schedulefree; did you mean 'adamw'?"),
+    "in another section": ([*OUT, "--lr", "1"], "'lr' (did you mean 'optimiser.lr'?)"),
+    "in another, misspelt": ([*OUT, "--batchsize", "1"], "did you mean 'run.batch_size'?"),
+    "twice in one": ([*OUT, "--optimiser", "{lr: 1, lr: 2}"], "has 'lr' in line 1 and again in"),
 }
 
 
@@ -155,6 +166,11 @@ IN_A_FILE = {
     "an object": ("run: !!python/object/apply:os.getcwd []", "is not YAML"),
     "a number as key": ("run: {out: x}\n1: 2", "1"),
     "empty section": ("run:", "run=None: "),
+    "a key twice": (
+        "run:\n  out: x\n  seed: 1\n  seed: 2",
+        "has 'seed' in line 3 and again in line 4",
+    ),
+    "a section twice": ("run: {out: x}\nrun: {out: y}", "has 'run' in line 1 and again in line 2"),
 }
 
 
@@ -168,6 +184,40 @@ def test_mistakes_in_a_file(case: str, tmp_path: Path) -> None:
     assert said in str(caught.value)
     assert path in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+IN_AN_ADAPTER_S = {
+    "a text for a list": (["--pictures.prompts", "a cat"], "prompts='a cat': must be a list, as"),
+    "one of two types": (["--lora.targets", "3"], "lora.targets=3: must be a text or a list, as"),
+    "what is in a list": (["--lora.targets", "[3]"], "lora.targets=3: must be a text"),
+    "near one in a list": (["--lora.formats", "[kohyya]"], "did you mean 'kohya'?"),
+    "below a pattern": (["--lora.overrides", "{q: {rnk: 3}}"], "did you mean 'rank'?"),
+    "in two sections": (["--steps", "3"], "did you mean 'run.steps' or 'pictures.steps'?"),
+    "misspelt and so missing": (["--data.sorce", "s"], "did you mean 'source'?"),
+    "another training's": (
+        ["--config", str(CONFIGS / "unet_tiny.yaml")],
+        "'text', 'train_text_encoder', 'layout_weight', 'words_weight'; is it the configuration of",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", IN_AN_ADAPTER_S)
+def test_mistakes_in_the_configuration_of_an_adapter(case: str) -> None:
+    """Which has lists, patterns, and values of one type or another."""
+    arguments, said = IN_AN_ADAPTER_S[case]
+    source = [] if case == "misspelt and so missing" else ["--data.source", "s"]
+    with pytest.raises(UserError) as caught:
+        parse(LoraConfig, [*arguments, *OUT, *source])
+    assert said in str(caught.value)
+    assert "Input" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_keys_may_be_merged_into_a_mapping_that_has_them(tmp_path: Path) -> None:
+    """YAML's own way to take one over: only what is written twice is refused."""
+    path = written(tmp_path, "run: &a {out: x, seed: 1}\noptimiser: {<<: {lr: 1, eps: 2}, lr: 3}")
+    config = parse(TrainingConfig, ["--config", path])
+    assert (config.optimiser.lr, config.optimiser.eps) == (3.0, 2.0)
 
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 from collections.abc import Iterator
@@ -27,6 +28,7 @@ from ldm_pipeline.training.updates import (
     build_optimiser,
     learning_rate,
     leave_out,
+    ramps,
 )
 from tests.training.toy import Toy, settings
 
@@ -277,6 +279,35 @@ def test_the_learning_rate_has_its_course(tmp_path: Path, updates: list[dict[str
     fit(Toy(config), config)
     for step, seen in enumerate(updates):
         assert seen["lr"] == {learning_rate(step, config.run.steps, config.optimiser)}
+
+
+@pytest.mark.parametrize(
+    "warmup,cooldown,fitting",
+    [(20, 100, (8, 42)), (0, 1000, (0, 50)), (1000, 0, (50, 0)), (25, 25, (25, 25))],
+)
+def test_ramps_that_do_not_fit_are_shortened(
+    warmup: int, cooldown: int, fitting: tuple[int, int]
+) -> None:
+    """In proportion, so that the rate that is asked for is reached; a longer run has them whole."""
+    course = OptimiserSettings(lr=2.0, warmup_steps=warmup, cooldown_steps=cooldown)
+    assert ramps(50, course) == fitting
+    assert max(learning_rate(step, 50, course) for step in range(50)) == 2.0
+    assert ramps(1100, course) == (warmup, cooldown)
+
+
+def test_a_shortened_ramp_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    for steps, said in (
+        (4, ["optimiser.warmup_steps=2 and cooldown_steps=6 are 1 and 3 in"]),
+        (8, []),
+    ):
+        caplog.clear()
+        config = settings(tmp_path, steps=steps)
+        optimiser = config.optimiser.model_copy(update={"warmup_steps": 2, "cooldown_steps": 6})
+        config = config.model_copy(update={"optimiser": optimiser})
+        fit(Toy(config), config)
+        lines = [line for line in caplog.messages if "warmup_steps=" in line]
+        assert [line.partition(" run.")[0] for line in lines] == said
 
 
 def test_the_moving_average_is_a_weighted_sum_of_all_weights() -> None:

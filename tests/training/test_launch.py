@@ -96,6 +96,19 @@ def test_a_run_whose_folder_is_a_file_is_refused_at_once(
     assert (tmp_path / "taken").read_text() == "mine"
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a system without /proc")
+def test_a_run_whose_folder_cannot_be_made_is_refused_before_anything_is_built(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where the permissions say that it can, as they say to the root of Linux's /proc."""
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, Unreachable, "--run.out=/proc/x")
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: run.out=/proc/x")
+    assert "cannot be written to" in line
+
+
 def test_the_end_says_where_the_model_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -119,6 +132,7 @@ class Unreachable(Toy):
         ("--run.accumulation=3", "run.batch_size=4 must be a multiple of"),
         ("--run.mixed_precision=fp16", "needs a GPU"),
         ("--optimiser.kind=adamw8bit", "needs pip install"),
+        ("--begin_from=nowhere", "begin_from=nowhere is not there"),
         ("ACCELERATE_USE_FSDP", "FSDP of version 1"),
         ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed is not supported"),
     ],

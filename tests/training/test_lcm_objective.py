@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors import safe_open
 from torch import Tensor
 
+from ldm_pipeline import LatentDiffusionPipeline
 from ldm_pipeline.data.captioned import load
 from ldm_pipeline.data.world import World, held_out_caption
 from ldm_pipeline.errors import UserError
@@ -27,10 +28,11 @@ from ldm_pipeline.training import checkpoint, world_pictures
 from ldm_pipeline.training.config import validated
 from ldm_pipeline.training.engine import Interrupted, fit
 from ldm_pipeline.training.lcm import LcmConfig, LcmObjective
+from ldm_pipeline.training.lcm_full import FullLcmObjective
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.updates import MovingAverage
 from ldm_pipeline.training.world_data import as_tensor
-from tests.conftest import build
+from tests.conftest import build, tiny_scheduler
 from tests.training import laws
 from tests.training.conftest import captioned
 from tests.training.tiny_lora import open_model
@@ -435,8 +437,23 @@ def test_mistakes_are_named(folder: Path) -> None:
         ({"lcm": {"w": (3.0, 1.0)}}, "must rise"),
         ({"lcm": {"target": "average"}}, "needs optimiser.ema_decay"),
         ({"world": {"picturs": 3}}, "did you mean 'pictures'"),
+        ({"lcm": {"original_steps": 1001}}, "lcm.original_steps=1001: must be at most 1000"),
     ):
         with pytest.raises(UserError, match=words):
             validated(LcmConfig, {**told, **change}, "some.yaml")
-    with pytest.raises(UserError, match=r"original_steps=1001 must be at most the model's 1000"):
-        built(config_of(folder, lcm={"original_steps": 1001}))
+
+    def few_levels(source: str, dtype: torch.dtype) -> LatentDiffusionPipeline:
+        few = tiny_scheduler(num_train_timesteps=500)
+        return LatentDiffusionPipeline(**build(scheduler=few)).to(dtype)
+
+    with pytest.raises(UserError, match=r"original_steps=501 must be at most the model's 500"):
+        LcmObjective(config_of(folder, lcm={"original_steps": 501}), few_levels)
+
+
+def test_a_student_to_go_on_from_is_looked_for_before_a_model_is_opened(folder: Path) -> None:
+    def unopened(source: str, dtype: torch.dtype) -> LatentDiffusionPipeline:
+        raise AssertionError("opened")
+
+    config = config_of(folder).model_copy(update={"begin_from": folder})
+    with pytest.raises(UserError, match=r"begin_from: .* holds none of"):
+        FullLcmObjective(config, unopened)

@@ -15,6 +15,7 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from PIL import Image
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm_pipeline import LatentDiffusionPipeline
@@ -26,7 +27,7 @@ from ldm_pipeline.lora.files import inspect
 from ldm_pipeline.models import autoencoder, text
 from ldm_pipeline.models.unet import bind
 from ldm_pipeline.training import checkpoint
-from ldm_pipeline.training.captioned import Sample
+from ldm_pipeline.training.captioned import Captioned, Sample
 from ldm_pipeline.training.engine import Interrupted, fit
 from ldm_pipeline.training.lora import LoraConfig, LoraObjective
 from ldm_pipeline.training.objective import Batch
@@ -172,6 +173,40 @@ def test_bad_data_is_refused_before_a_model_is_opened(tmp_path: Path, opened: Co
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="holds no pictures"):
         LoraObjective(config_of(tmp_path / "empty"), opened)
+    assert opened.opened == 0
+
+
+def test_pictures_without_words_are_refused_or_counted(
+    folder: Path, opened: Counted, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Some may have none; all of them only where a default says what they get."""
+    texts = sorted(folder.glob("*.txt"))
+    for file in texts[:2]:
+        file.unlink()
+    data = config_of(folder).data
+    Captioned(data, 0, 4)
+    assert f"2 of {len(SIZES)} pictures of {folder} have no caption" in caplog.messages
+    for file in texts[2:]:
+        file.unlink()
+    texts[-1].write_text("")  # which says nothing, either
+    caplog.clear()
+    with pytest.raises(UserError, match=r"no picture of data\.source=.* data\.captions\.default"):
+        LoraObjective(config_of(folder), opened)
+    assert opened.opened == 0
+    said = config_of(folder, data={"captions": {"default": ""}})
+    assert Captioned(said.data, 0, 4).texts()[0] == ""
+    assert "caption" not in caplog.text
+
+
+def test_what_to_begin_from_is_looked_at_before_a_model_is_opened(
+    folder: Path, opened: Counted, tmp_path: Path
+) -> None:
+    other = tmp_path / "model.safetensors"
+    save_file({"unet.weight": torch.zeros(1)}, other)
+    for place, said in ((tmp_path, "there is no LoRA file"), (other, "is no LoRA in a layout")):
+        config = config_of(folder).model_copy(update={"begin_from": place})
+        with pytest.raises(UserError, match=f"begin_from: .*{said}"):
+            LoraObjective(config, opened)
     assert opened.opened == 0
 
 

@@ -14,7 +14,7 @@ from ldm_pipeline.errors import UserError
 from ldm_pipeline.training.config import Settings, TrainingConfig, validated, write_yaml
 from ldm_pipeline.training.engine import fit
 from ldm_pipeline.training.launch import launch
-from ldm_pipeline.training.resuming import check_resume, refuse_other_meaning, settled
+from ldm_pipeline.training.resuming import changes, check_resume, refuse_other_meaning, settled
 from tests.training.test_config import KINDS
 from tests.training.toy import Toy
 
@@ -33,14 +33,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 REFUSED: list[tuple[str, str, Any, str]] = [
     ("lora", "model", "other", 'model="bundled", not "other"'),
-    ("lora", "lora.alpha", 32.0, "lora.alpha=null, not 32.0"),
+    ("lora", "lora.alpha", 32.0, "lora.alpha=16.0, not 32.0"),
     ("lora", "lora.rslora", True, "lora.rslora=false, not true"),
     ("lora", "lora.overrides", {"attn2": {"alpha": 8.0}}, "lora.overrides={}"),
     ("lora", "loss.zero_terminal_snr", True, "loss.zero_terminal_snr=false"),
     ("lora", "run.seed", 1, "run.seed=0, not 1"),
     ("lora", "optimiser.kind", "muon", 'optimiser.kind="adamw", not "muon"'),
     ("lcm", "model", "other", 'model="bundled"'),
-    ("lcm", "lora.alpha", 32.0, "lora.alpha=null"),
+    ("lcm", "lora.alpha", 32.0, "lora.alpha=16.0"),
     ("lcm", "lcm.original_steps", 25, "lcm.original_steps=50, not 25"),
     ("lcm", "lcm.timestep_scaling", 5.0, "lcm.timestep_scaling=10.0, not 5.0"),
     ("lcm", "lcm.full", True, "lcm.full=false, not true"),
@@ -85,6 +85,18 @@ def test_one_folder_by_another_name_is_no_change(
         refuse_other_meaning(config(same), earlier, tmp_path)
     with pytest.raises(UserError, match='text="a", not "b"'):
         refuse_other_meaning(config("b"), earlier, tmp_path)
+
+
+def test_alpha_unset_and_the_rank_given_for_it_are_one(tmp_path: Path) -> None:
+    """Neither is refused after the other, nor told as a change."""
+    unset = {"run": RUN, **CONFIGS["lora"]}
+    one, other = (
+        validated(KINDS["lora"], told, "test") for told in (unset, changed(unset, "lora.alpha", 16))
+    )
+    for before, now in ((one, other), (other, one)):
+        earlier = before.model_dump(mode="json")
+        refuse_other_meaning(now, earlier, tmp_path)
+        assert changes(now, earlier) == ""
 
 
 def changed(values: dict[str, Any], key: str, value: Any) -> dict[str, Any]:

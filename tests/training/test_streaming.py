@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from ldm_pipeline.data import rows
+from ldm_pipeline.errors import UserError
 from ldm_pipeline.training import captioned
 from ldm_pipeline.training.captioned import Captioned, CaptionedSettings
 from ldm_pipeline.training.engine import fit
@@ -93,13 +94,22 @@ def test_a_streamed_table_trains_the_same_adapter(
 
     monkeypatch.setattr(rows, "_load", noted)
     written = []
-    told = [(table, False), (table, True), (shards, False), (shards, True)]
+    told = [(table, False), (table, True), (shards, False)]
     for i, (source, stream) in enumerate(told):
         config = config_of(source, tmp_path / f"run {i}", stream=stream)
         final = fit(LoraObjective(config, open_model), config)
         written.append((final / "pytorch_lora_weights.safetensors").read_bytes())
     assert len(set(written)) == 1
-    assert streamed == [False, True], "tar shards are read where they lie"
+    assert streamed == [False, True]
+
+
+def test_what_is_no_table_is_not_streamed(table: Path, shards: Path, tmp_path: Path) -> None:
+    """Unless pictures beside it are, which are then read as they lie."""
+    for source in (shards, shards / "000.tar"):
+        with pytest.raises(UserError, match=r"data\.stream=true is for tables.*shards"):
+            Captioned(settings(source, tmp_path / "cache"), 0, 2)
+    beside = Captioned(settings(table, tmp_path / "cache", regularisation=str(shards)), 0, 2)
+    assert (len(beside.samples), len(beside.kept)) == (ROWS, ROWS)
 
 
 def test_only_the_rows_asked_for_are_copied_and_only_once(table: Path, tmp_path: Path) -> None:
