@@ -29,6 +29,7 @@ from ldm_pipeline.commands.sources import Source, find
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.metadata import Recipe
 from ldm_pipeline.picture_files import read_recipe
+from ldm_pipeline.processes.ranks import LostPeer
 
 ROOT = Path(__file__).parent.parent
 Batch = Callable[..., tuple[int, str, str]]
@@ -323,7 +324,7 @@ def test_two_processes_draw_what_one_draws_and_the_rest_is_kept(
 
 def test_a_process_that_is_left_alone_says_so() -> None:
     def closed() -> None:
-        raise RuntimeError("Connection closed by peer [127.0.0.1]:1234")
+        raise LostPeer("Connection closed by peer [127.0.0.1]:1234")
 
     with pytest.raises(UserError, match="another process has ended"):
         program._wait(closed)

@@ -124,7 +124,6 @@ def _draw_all(
     args.out.mkdir(parents=True, exist_ok=True)  # other machines may share no disk with the first
     missing = _missing(args.out, files, wanted, ranks)
     mine = share(missing, ranks.index, ranks.count)
-    everyone_is_done = ranks.barrier()
     if ranks.index == 0 and not args.quiet:
         _say_what(len(orders), len(wanted), len(missing), ranks.count)
         if source.bundled:
@@ -143,7 +142,7 @@ def _draw_all(
             size = (picture.height, picture.width)
             save_picture(picture, files[i], replace(recipes[i], size=size))
             tick()
-        _wait(everyone_is_done)
+        _wait(ranks.wait)
         tick()
 
 
@@ -165,7 +164,7 @@ def _wait(for_all: Callable[[], None]) -> None:
     """Until every process is done; `UserError` where one has ended before that."""
     try:
         for_all()
-    except RuntimeError as error:
+    except ConnectionError as error:
         raise UserError(
             "another process has ended before its work was done; the same command draws what is"
             " missing"

@@ -12,8 +12,8 @@ Legend
 
 A shard appears whole or not at all, under a name of its own: an interrupted run goes on with what
 is missing, and two writers at once only do some work twice. Whatever is damaged is named and made
-again; what is whole beside it is kept. Processes that share the folder share the work; those that
-do not each do all of it.
+again; what is whole beside it is kept. Processes that share the folder share the work, a minute's
+at a time; those that do not each do all of it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import logging
 import time
 import uuid
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ldm_pipeline.data.writing import writing
+from ldm_pipeline.data.writing import in_one_line, writing
+from ldm_pipeline.errors import UserError
 
 log = logging.getLogger(__name__)
 
 MOST_ENTRIES = 1024
-"""Entries of a shard; a shard is also closed after `MOST_SECONDS`, so that little is lost."""
+"""Entries of a shard; a shard is also closed after `MOST_SECONDS`, so that little is lost and
+processes soon hear of each other."""
 MOST_SECONDS = 60.0
 SUMS = "crc32"
 FORMAT = 2
@@ -61,6 +63,28 @@ class Share:
     rank: int = 0
     processes: int = 1
     told: Callable[[str], list[str]] = lambda text: [text] if text else []
+
+    @contextmanager
+    def alike(self) -> Iterator[None]:
+        """Within the block each process works for itself; at its end all raise what one has.
+
+        That is so of `UserError` and `OSError`. Without, the others would wait for one that is
+        gone.
+        """
+        error: Exception | None = None
+        try:
+            yield
+        except (UserError, OSError) as caught:
+            error = caught
+        why = "" if error is None else in_one_line(error)
+        mistakes = self.told(why if isinstance(error, UserError) else "")
+        failures = self.told(why if isinstance(error, OSError) else "")
+        if error is not None:
+            raise error
+        if mistakes:
+            raise UserError(mistakes[0])
+        if failures:
+            raise OSError(failures[0])
 
 
 ALONE = Share()
@@ -157,28 +181,35 @@ def fill(
     None where there is none to be had.
 
     Processes that miss the same entries have one folder: each encodes a part, and all read the
-    whole. What is then still missing is in a folder that this process does not see. Stopped at any
-    moment, the same call goes on from there.
+    whole. What is then still missing is in a folder that this process does not see. After every
+    shard they tell each other how far they are, so that the quicker one does more, and that none
+    goes on for long where another has failed. Stopped at any moment, the same call goes on from
+    there. Raises, in all processes, the `UserError` or `OSError` of any.
     """
     first: dict[str, int] = {}
     for index, key in enumerate(keys):
         first.setdefault(key, index)
     failed: set[str] = set()
-    again = False
-    while True:
-        missing = [key for key in first if key not in cache and key not in failed]
-        told = share.told(_digest(missing))
-        if set(told) == {_digest([])}:
-            return
-        if again and missing:
-            log.warning("%s is not shared by all processes: each encodes for itself", cache.folder)
-        alike = [rank for rank, digest in enumerate(told) if digest == told[share.rank]]
-        own = missing[alike.index(share.rank) :: len(alike)]
-        _encode(cache, keys, [first[key] for key in own], encode, batch_size, what)
-        bad = "\n".join(key for key in own if key not in cache)
-        failed |= {key for answer in share.told(bad) for key in answer.split("\n")}
-        cache.refresh()
-        again = True
+    rounds, shared = 0, True
+    with tqdm(desc=f"encoding {what}", dynamic_ncols=True, delay=0.1) as bar:
+        while True:
+            missing = [key for key in first if key not in cache and key not in failed]
+            told = share.told(_digest(missing))
+            if set(told) == {_digest([])}:
+                return
+            if rounds and shared and len(set(told)) > 1:
+                log.warning("%s is not shared by all processes: each encodes for itself",
+                            cache.folder)  # fmt: skip
+                shared = False
+            alike = [rank for rank, digest in enumerate(told) if digest == told[share.rank]]
+            own = [first[key] for key in missing[alike.index(share.rank) :: len(alike)]]
+            bar.total = bar.n + len(own)
+            with share.alike():
+                done = _encode(cache, keys, own, encode, batch_size, bar.update)
+            bad = "\n".join(keys[i] for i in done if keys[i] not in cache)
+            failed |= {key for answer in share.told(bad) for key in answer.split("\n")}
+            cache.refresh()
+            rounds += 1
 
 
 def _digest(keys: Sequence[str]) -> str:
@@ -191,24 +222,24 @@ def _encode(
     own: Sequence[int],
     encode: Encode,
     batch_size: int,
-    what: str,
-) -> None:
-    """Add the entries of the keys at `own`, so far as there are any to be had."""
+    tick: Callable[[int], object],
+) -> Sequence[int]:
+    """Add one shard with entries of the keys at `own`; those that were asked for."""
     pending: dict[str, Entry] = {}
-    began = time.monotonic()
+    began, asked = time.monotonic(), 0
     try:
-        with tqdm(total=len(own), desc=f"encoding {what}", dynamic_ncols=True) as bar:
-            for start in range(0, len(own), batch_size):
-                batch = own[start : start + batch_size]
-                for index, entry in zip(batch, encode(batch), strict=True):
-                    if entry is not None:
-                        pending[keys[index]] = entry
-                bar.update(len(batch))
-                if len(pending) >= MOST_ENTRIES or time.monotonic() - began > MOST_SECONDS:
-                    cache.add(pending)
-                    pending, began = {}, time.monotonic()
+        while asked < len(own) and len(pending) < MOST_ENTRIES:
+            batch = own[asked : asked + batch_size]
+            for index, entry in zip(batch, encode(batch), strict=True):
+                if entry is not None:
+                    pending[keys[index]] = entry
+            asked += len(batch)
+            tick(len(batch))
+            if time.monotonic() - began > MOST_SECONDS:
+                break
     finally:
         cache.add(pending)
+    return own[:asked]
 
 
 def _entry(shard: Any, key: str, parts: Sequence[str]) -> Entry:

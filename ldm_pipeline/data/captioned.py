@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
@@ -88,7 +88,8 @@ def read_dataset(
 ) -> list[Item]:
     """The items of a folder, tar, parquet file or hub id ("owner/name"), whichever `source` is.
 
-    `caption_key` names where the captions of records are, instead of `CAPTION_KEYS`.
+    `caption_key` names where the captions of records are, instead of `CAPTION_KEYS`; of a
+    regularisation set's, which may come from elsewhere, where they are looked for first.
     `default_caption` goes to pictures that have none. With `alpha_masks`, pictures without a mask
     file take their alpha channel. Regularisation items get keys of their own kind, so that they
     can be put beside others. `limit` keeps the first items only. `split` is a table's, "train"
@@ -101,6 +102,9 @@ def read_dataset(
     `BadDataset` where what is there is damaged
     or leaves the folder. A picture that is missing or damaged shows only in `load`.
     """
+    keys: tuple[str, ...] = CAPTION_KEYS if caption_key is None else (caption_key,)
+    if regularisation and caption_key is not None:
+        keys += CAPTION_KEYS
     found = _find(source, split or "train")
     if split is not None and not isinstance(found, rows.Table):
         raise UserError(
@@ -109,12 +113,12 @@ def read_dataset(
     if isinstance(found, rows.Table) and stream_to is not None:
         found = _shards(stream_to, list_folder(rows.copy_rows(found, stream_to, limit)))
     if isinstance(found, rows.Table):
-        items = _from_table(found, caption_key)
+        items = _from_table(found, keys)
     else:
         items = [
             replace(item, key=prefix + item.key)
             for prefix, (place, files) in found.items()
-            for item in _from_files(place, files, caption_key)
+            for item in _from_files(place, files, keys)
         ]
     kind = "regularisation:" if regularisation else ""
     return [
@@ -169,14 +173,14 @@ def is_picture(name: str) -> bool:
     return PurePosixPath(name).suffix.lower() in PICTURE_SUFFIXES
 
 
-def captions_of(record: Mapping[str, object], where: str, key: str | None) -> tuple[str, ...]:
-    """A record's captions, under `key` or the first of `CAPTION_KEYS` that is there.
+def captions_of(record: Mapping[str, object], where: str, keys: Sequence[str]) -> tuple[str, ...]:
+    """A record's captions, under the first of `keys` that is there; none without any of them.
 
-    Raises `BadDataset` where `key` is missing, or the value is neither a text nor a list of texts.
+    Raises `BadDataset` where the only key is missing, or the value is neither a text nor a list of
+    texts.
     """
-    if key is not None and key not in record:
-        raise BadDataset(f"{where}: there is no {key!r}{suggestion(key, record)}")
-    keys = CAPTION_KEYS if key is None else (key,)
+    if len(keys) == 1 and keys[0] not in record:
+        raise BadDataset(f"{where}: there is no {keys[0]!r}{suggestion(keys[0], record)}")
     value = next((record[k] for k in keys if record.get(k) is not None), ())
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
@@ -227,32 +231,31 @@ def _shards(folder: Path, files: Listing) -> Found:
     return {prefix: (str(path), list_shard(path)) for prefix, path in paths.items()}
 
 
-def _from_table(table: rows.Table, caption_key: str | None) -> list[Item]:
+def _from_table(table: rows.Table, keys: Sequence[str]) -> list[Item]:
     """An item for every row; its key is the split and the row's number."""
     picture, mask = rows.picture_columns(rows.open_table(table), table.place)
-    keys = CAPTION_KEYS if caption_key is None else (caption_key,)
     return [
         Item(
             f"{table.split}/{row}",
             rows.RowBytes(table, row, picture),
-            captions_of(record, f"{table.place} row {row}", caption_key),
+            captions_of(record, f"{table.place} row {row}", keys),
             rows.RowBytes(table, row, mask) if mask is not None else None,
         )
         for row, record in enumerate(rows.captions(table, keys))
     ]
 
 
-def _from_files(place: str, files: Listing, caption_key: str | None) -> list[Item]:
+def _from_files(place: str, files: Listing, keys: Sequence[str]) -> list[Item]:
     """The items among the files of a folder or a shard, which `place` names."""
     if METADATA in files:
-        return list(_from_metadata(place, files, caption_key))
+        return list(_from_metadata(place, files, keys))
     pictures = [name for name in files if is_picture(name)]
     masks = {_stem(name).removesuffix(MASK): name for name in pictures if _is_mask(name)}
     return [
         Item(
             name,
             files[name],
-            _captions_beside(_stem(name), place, files, caption_key),
+            _captions_beside(_stem(name), place, files, keys),
             files[masks[_stem(name)]] if _stem(name) in masks else None,
         )
         for name in pictures
@@ -260,7 +263,7 @@ def _from_files(place: str, files: Listing, caption_key: str | None) -> list[Ite
     ]
 
 
-def _from_metadata(place: str, files: Listing, caption_key: str | None) -> Iterator[Item]:
+def _from_metadata(place: str, files: Listing, keys: Sequence[str]) -> Iterator[Item]:
     """An item for every line of metadata.jsonl; `BadDataset` names the line that is wrong."""
     first: dict[str, int] = {}
     for number, line in enumerate(_text(files[METADATA]).split("\n"), start=1):
@@ -282,19 +285,17 @@ def _from_metadata(place: str, files: Listing, caption_key: str | None) -> Itera
             for n in (name, mask)
         )
         assert picture is not None
-        yield Item(name, picture, captions_of(record, where, caption_key), covered)
+        yield Item(name, picture, captions_of(record, where, keys), covered)
 
 
-def _captions_beside(
-    stem: str, place: str, files: Listing, caption_key: str | None
-) -> tuple[str, ...]:
+def _captions_beside(stem: str, place: str, files: Listing, keys: Sequence[str]) -> tuple[str, ...]:
     """The captions in `stem.txt`, a line each, or else in `stem.json`."""
     if (source := files.get(f"{stem}.txt")) is not None:
         lines = [line.strip() for line in _text(source).splitlines()]
         return tuple(line for line in lines if line) or ("",)
     if (source := files.get(f"{stem}.json")) is not None:
         where = f"{place}/{stem}.json"
-        return captions_of(_record(_text(source), where), where, caption_key)
+        return captions_of(_record(_text(source), where), where, keys)
     return ()
 
 

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import shutil
 import tarfile
+import time
+import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
@@ -23,6 +26,8 @@ from typing import Any
 from ldm_pipeline.data.sources import BadDataset, BadPicture
 from ldm_pipeline.data.writing import writing
 from ldm_pipeline.errors import UserError
+
+log = logging.getLogger(__name__)
 
 MASK = "mask"
 ROWS_PER_SHARD = 1000
@@ -88,8 +93,9 @@ def copy_rows(table: Table, folder: Path, limit: int | None) -> Path:
     """`folder`, with the first `limit` rows of a table in tar shards; nothing else is downloaded.
 
     Shards that are there already are taken as they are. They appear all together at the end, so
-    that an interrupted copy is not taken for a whole one. Rows without a picture are left out.
-    Raises `UserError` for a table that cannot be read, and `NotWritten` for a full disk.
+    that an interrupted copy is not taken for a whole one; of several copies made at once the first
+    to be whole is taken. Rows without a picture are left out. Raises `UserError` for a table that
+    cannot be read, and `NotWritten` for a full disk.
     """
     if any(folder.glob("rows-*.tar")):
         return folder
@@ -98,9 +104,10 @@ def copy_rows(table: Table, folder: Path, limit: int | None) -> Path:
         stream = stream._resolve_features()
     stream = _undecoded(stream)
     picture, mask = picture_columns(stream, table.place)
-    unfinished = folder.with_name(f".{folder.name}.unfinished")
+    _sweep(folder)
+    log.info("copying the rows of %s (%s) to %s", table.place, table.split, folder)
+    unfinished = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}.unfinished")
     with writing(folder, unfinished):
-        shutil.rmtree(unfinished, ignore_errors=True)  # of a killed run
         unfinished.mkdir(parents=True)
         with _in_one_line(table):
             numbered = enumerate(stream if limit is None else stream.take(limit))
@@ -110,8 +117,22 @@ def copy_rows(table: Table, folder: Path, limit: int | None) -> Path:
                 with tarfile.open(unfinished / f"rows-{k:05d}.tar", "w") as shard:
                     for number, row in chain([first], islice(numbered, ROWS_PER_SHARD - 1)):
                         _add_row(shard, f"{number:09d}", row, picture, mask)
-        unfinished.replace(folder)
+        try:
+            unfinished.replace(folder)
+        except OSError:
+            if not any(folder.glob("rows-*.tar")):
+                raise
+            shutil.rmtree(unfinished)
     return folder
+
+
+def _sweep(folder: Path) -> None:
+    """Remove copies begun for `folder` that nobody has written to for an hour: of killed runs."""
+    for begun in folder.parent.glob(f".{folder.name}.*unfinished"):
+        with suppress(FileNotFoundError):
+            last = max(path.stat().st_mtime for path in (begun, *begun.iterdir()))
+            if time.time() - last > 3600:
+                shutil.rmtree(begun, ignore_errors=True)
 
 
 def _add_row(shard: Any, stem: str, row: dict[str, Any], picture: str, mask: str | None) -> None:

@@ -3,13 +3,14 @@
 Each process computes its share of a batch without a word to the others; then `agree` tells what
 happened anywhere (on the host, so that no accelerator is waited for), and `average` takes the mean
 of everything in one collective. A process that ran out of memory can still say so: the others have
-not yet begun to wait for its gradients.
+not yet begun to wait for its gradients. One that is gone is a `LostPeer` for all that wait for it.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
@@ -19,6 +20,14 @@ from accelerate.utils import parse_flag_from_env
 from torch import Tensor
 
 from ldm_pipeline.errors import UserError
+
+PATIENCE = timedelta(days=30)
+"""How long processes wait where each has work of its own; elsewhere torch gives up after half an
+hour at most. One that ended is noticed at once either way."""
+
+
+class LostPeer(ConnectionError):
+    """Another process of the run has ended, or answers no more, while this one waits for it."""
 
 
 def launched() -> PartialState:
@@ -49,51 +58,66 @@ class Ranks:
 
     def __init__(self, state: PartialState) -> None:
         self.index, self.count = state.process_index, state.num_processes
-        self._hosts = None
-        if self.count > 1 and dist.get_backend() != "gloo":
-            self._hosts = dist.new_group(backend="gloo")
+        self._hosts = self._patient = None
+        if self.count > 1:
+            with _listening():
+                self._patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+                if dist.get_backend() != "gloo":
+                    self._hosts = dist.new_group(backend="gloo")
 
     def start_alike(self, tensors: Iterable[Tensor]) -> None:
         """Every process takes the values of the first one."""
         if self.count > 1:
-            for tensor in tensors:
-                dist.broadcast(tensor.detach(), 0)
+            with _listening():
+                for tensor in tensors:
+                    dist.broadcast(tensor.detach(), 0)
 
     def agree(self, *happened: bool) -> tuple[bool, ...]:
         """Which of these happened in any process."""
         if self.count == 1:
             return happened
         flags = torch.tensor(happened, dtype=torch.int32)
-        dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._hosts)
+        with _listening():
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._hosts)
         return tuple(bool(flag) for flag in flags.tolist())
 
     def average(self, buffer: Tensor) -> None:
         """Put the mean over all processes into `buffer`."""
         if self.count > 1:
-            dist.all_reduce(buffer)
+            with _listening():
+                dist.all_reduce(buffer)
             buffer.div_(self.count)
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of `values`, on the host, over all processes."""
         if self.count > 1:
-            dist.all_reduce(values, group=self._hosts)
+            with _listening():
+                dist.all_reduce(values, group=self._hosts)
         return values
 
-    def barrier(self) -> Callable[[], None]:
-        """What waits until every process has called it, for a month at most.
-
-        All processes ask for it at the same place. Other collectives give up after half an hour,
-        which is too soon where each process has work of its own.
-        """
-        if self.count == 1:
-            return lambda: None
-        group = dist.new_group(backend="gloo", timeout=timedelta(days=30))
-        return lambda: dist.barrier(group=group)
+    def wait(self) -> None:
+        """Until every process has called this, for a month at most."""
+        self.told("")
 
     def told(self, text: str) -> list[str]:
-        """What each process says, empty answers left out."""
+        """What each process says, empty answers left out; all are waited for, a month at most."""
         if self.count == 1:
             return [text] if text else []
         answers: list[str] = [""] * self.count
-        dist.all_gather_object(answers, text, group=self._hosts)
+        with _listening():
+            dist.all_gather_object(answers, text, group=self._patient)
         return [answer for answer in answers if answer]
+
+
+@contextmanager
+def _listening() -> Iterator[None]:
+    """Within the block, in which processes wait for each other, a failure is a `LostPeer`."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        why = " ".join(str(error).split())
+        raise LostPeer(
+            f"another process of this run ended; its message says why ({why})"
+        ) from error

@@ -39,6 +39,7 @@ from ldm_pipeline.training.lora_card import PICTURES, model_card
 from ldm_pipeline.training.lora_export import check_formats, family_of_unet, write_formats
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.sharding import sharding
+from ldm_pipeline.training.shares import share_of
 from ldm_pipeline.training.start import (
     attend_quickly,
     check_adapter,
@@ -46,7 +47,7 @@ from ldm_pipeline.training.start import (
     precision,
     take_adapter,
 )
-from ldm_pipeline.training.too_large import in_memory
+from ldm_pipeline.training.too_large import in_memory, is_out_of_memory
 
 BANDS = 4
 """Into so many bands of levels the held-out loss is told."""
@@ -136,7 +137,7 @@ class AdapterObjective(nn.Module, ABC):
         pipe = open_model(config.model, self._dtype())
         self.kind, self.schedule = _levels_of(pipe, zero_terminal_snr)
         self.conditioning = conditioning_of(pipe)
-        share = Share(self.ranks.index, self.ranks.count, self.ranks.told)
+        share = share_of(self.ranks)
         pipe.to(self.state.device)
         self.latents = data.latents(pipe.vae, share)
         self.unet = pipe.unet
@@ -268,9 +269,9 @@ class AdapterObjective(nn.Module, ABC):
         """The plain penalty of each sample of a group, [n]; in halves where memory asks for it."""
         try:
             return self._errors(self._ready(group))
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
             n = len(group["z"])
-            if n == 1:
+            if n == 1 or not is_out_of_memory(error):
                 raise
         # Here, as the error would hold what the attempt had made.
         if torch.cuda.is_available():

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -36,7 +35,6 @@ from ldm_pipeline.data.sources import BadPicture
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import autoencoder
 from ldm_pipeline.models.conditioning import Conditioning
-from ldm_pipeline.processes.ranks import launched
 from ldm_pipeline.training.config import (
     Fraction,
     NonNegative,
@@ -45,6 +43,8 @@ from ldm_pipeline.training.config import (
     Positive,
     Settings,
 )
+from ldm_pipeline.training.shares import one_on_each_machine_first
+from ldm_pipeline.training.too_large import in_memory
 
 log = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class CaptionSettings(Settings):
     tag_dropout: Fraction = Field(default=0.0, description="probability for each tag to go")
     keep_tags: NonNegative = Field(default=0, description="so many first tags stay in place")
     variants: Positive = Field(default=4, description="versions of a varied caption")
-    key: str | None = Field(default=None, description="where a record's captions are")
+    key: str | None = Field(default=None, description="of the source: where captions are")
     default: str | None = Field(default=None, description="for pictures that have none")
 
     @property
@@ -79,7 +79,7 @@ class CaptionedSettings(Settings):
     upscale: bool = Field(default=False, description="enlarge pictures that are too small")
     random_crop: bool = Field(default=False, description="crop at a place of its own, not centred")
     alpha_masks: bool = Field(default=False, description="a picture's alpha is its mask")
-    limit: Positive | None = Field(default=None, description="only the first so many pictures")
+    limit: Positive | None = Field(default=None, description="only the first so many of the source")
     strict: bool = Field(default=False, description="stop at a bad picture, not leave it out")
     regularisation: str | None = Field(default=None, description="pictures to keep knowing")
     regularisation_weight: NonNegativeFloat = 1.0
@@ -220,9 +220,11 @@ class Captioned:
         """The samples of a source; pictures that cannot be used are named and counted."""
         settings = self.settings
         split = None if regularisation else settings.split
-        # One process copies what is streamed; the others find it.
-        with launched().local_main_process_first() if settings.stream else nullcontext():
-            items = captioned.read_dataset(
+        limit = None if regularisation else settings.limit
+        copy = _streamed(settings, source, split, limit) if settings.stream else None
+
+        def read() -> list[Item]:
+            return captioned.read_dataset(
                 source,
                 caption_key=settings.captions.key,
                 default_caption=settings.captions.default,
@@ -230,9 +232,12 @@ class Captioned:
                 regularisation=regularisation,
                 weight=settings.regularisation_weight if regularisation else 1.0,
                 split=split,
-                stream_to=_streamed(settings, source, split) if settings.stream else None,
-                limit=settings.limit,
+                stream_to=copy,
+                limit=limit,
             )
+
+        # One process copies what is streamed; the others find it.
+        items = read() if copy is None else one_on_each_machine_first(read)
         self._look_at_captions(items, source, regularisation)
         buckets = settings.buckets()
         samples, bad = [], 0
@@ -266,11 +271,13 @@ class Captioned:
         log.warning("%d of %d pictures of %s have no caption", without, len(items), source)
 
 
-def _streamed(settings: CaptionedSettings, source: str, split: str | None) -> Path:
+def _streamed(
+    settings: CaptionedSettings, source: str, split: str | None, limit: int | None
+) -> Path:
     """Where the copied rows of a source lie; a local file that has changed is copied anew."""
     local = [path for path in (Path(source), *Path(source).rglob("*")) if path.is_file()]
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in local]
-    told = repr((source, split, settings.limit, sorted(facts)))
+    told = repr((source, split, limit, sorted(facts)))
     return settings.cache / "rows" / hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
@@ -311,6 +318,7 @@ def cached_latents(data: Captioned, vae: AutoencoderKL, share: Share) -> Cache:
     key = key_of(autoencoder.encoder_weights(vae), _plain(vae.config), str(computed_in))
     cache = Cache(data.settings.cache / "latents" / key)
 
+    @in_memory("while pictures were encoded")
     def encode(indices: Sequence[int]) -> list[Entry | None]:
         return [_encoded(samples[i], vae, data.settings.strict) for i in indices]
 
@@ -371,6 +379,7 @@ def cached_texts(
     key = key_of(weights, rules, made, conditioning.silent_is_zero)
     cache = Cache(folder / "texts" / key)
 
+    @in_memory("while captions were encoded")
     @torch.no_grad()
     def encode(indices: Sequence[int]) -> list[Entry]:
         told = conditioning.encode(conditioning.tokens([texts[i] for i in indices]))

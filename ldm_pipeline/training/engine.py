@@ -46,7 +46,7 @@ from ldm_pipeline.training.sharding import Shards, sharding
 from ldm_pipeline.training.signals import leave_signals_to_the_run, stop_on_signals
 from ldm_pipeline.training.start import compiled, precision
 from ldm_pipeline.training.steps import Steps, seed_of
-from ldm_pipeline.training.too_large import ADVICE, in_memory
+from ldm_pipeline.training.too_large import ADVICE, in_memory, is_out_of_memory
 from ldm_pipeline.training.tracking import check_tracker, keep_picture, start_tracker
 from ldm_pipeline.training.updates import (
     Gradients,
@@ -224,7 +224,9 @@ class _Run:
                 scaler = self.accelerator.scaler
                 (loss if scaler is None else scaler.scale(loss)).backward()
                 self.gradients.measure(losses, 1 / len(pieces))
-        except torch.OutOfMemoryError:
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             self.shards.out_of_memory()
             return False
         return True

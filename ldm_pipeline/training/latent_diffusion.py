@@ -28,7 +28,6 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ldm_pipeline.data.cache import Share
 from ldm_pipeline.data.world import World
 from ldm_pipeline.diffusion.losses import Loss, denoising_errors, denoising_loss
 from ldm_pipeline.diffusion.schedule import Schedule
@@ -49,6 +48,7 @@ from ldm_pipeline.training.config import (
 from ldm_pipeline.training.layout import FINE, LayoutHead, Listener, WordsHead, labels_of
 from ldm_pipeline.training.levels import LevelSettings
 from ldm_pipeline.training.objective import Batch
+from ldm_pipeline.training.shares import share_of
 from ldm_pipeline.training.start import attend_quickly, precision, take_weights
 from ldm_pipeline.training.world_data import (
     CachedWorldSettings,
@@ -263,8 +263,8 @@ class LatentDiffusionObjective(nn.Module):
 
     def _cached(self) -> tuple[Tensor, Tensor]:
         """Mean and std of all pictures' latents; see `cached_latents`."""
-        data, ranks = self.config.data, Ranks(launched())
-        share = Share(ranks.index, ranks.count, ranks.told)
+        data = self.config.data
+        share = share_of(Ranks(launched()))
         cache = cached_latents(data, self._vae[0].to(self._device), self._precision, share)
         entries = [cache[key_at(index)] for index in range(data.pictures)]
         return torch.stack([e["mean"] for e in entries]), torch.stack([e["std"] for e in entries])

@@ -1,7 +1,7 @@
 """How a training script runs: parse, check, build, fit; whatever ends it ends in one line.
 
-Exit codes: 0 trained, 1 numbers that are not finite or a disk that takes no more, 2 a person's
-mistake, 130 stopped.
+Exit codes: 0 trained, 1 numbers that are not finite, a disk that takes no more or another process
+that ended, 2 a person's mistake, 130 stopped.
 """
 
 from __future__ import annotations

@@ -21,7 +21,6 @@ from diffusers import AutoencoderKL, AutoencoderTiny
 from pydantic import Field
 from torch import Tensor, nn
 
-from ldm_pipeline.data.cache import Share
 from ldm_pipeline.data.world import World
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import autoencoder
@@ -35,6 +34,7 @@ from ldm_pipeline.training.config import (
     TrainingConfig,
 )
 from ldm_pipeline.training.objective import Batch
+from ldm_pipeline.training.shares import share_of
 from ldm_pipeline.training.start import precision, take_weights
 from ldm_pipeline.training.world_data import (
     CachedWorldSettings,
@@ -107,9 +107,9 @@ class SmallDecoderObjective(nn.Module):
         self.small = small_autoencoder(model, large.config.latent_channels)
         if config.begin_from is not None:
             take_weights(self.small, config.begin_from)
-        data, ranks = config.data, Ranks(launched())
+        data = config.data
         computed_in = precision(config.run.mixed_precision)
-        share = Share(ranks.index, ranks.count, ranks.told)
+        share = share_of(Ranks(launched()))
         cache = cached_latents(data, large.to(launched().device), computed_in, share)
         entries = [cache[key_at(index)] for index in range(data.pictures)]
         self.mean, self.std = (torch.stack([e[name] for e in entries]) for name in ("mean", "std"))

@@ -18,6 +18,7 @@ from ldm_pipeline.data.cache import Cache, Entry, Share, fill, key_of
 from ldm_pipeline.data.world import World, caption_of, held_out_caption
 from ldm_pipeline.models import autoencoder
 from ldm_pipeline.training.config import NonNegative, Positive, Settings
+from ldm_pipeline.training.too_large import in_memory
 
 
 class WorldSettings(Settings):
@@ -87,6 +88,7 @@ def cached_latents(
     places = [(World(settings.seed), i) for i in range(settings.pictures)]
     places += [(World(settings.seed, "test"), i) for i in range(held_out)]
 
+    @in_memory("while pictures were encoded")
     @torch.no_grad()
     def encode(indices: Sequence[int]) -> list[Entry]:
         told = (places[i] for i in indices)

@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from ldm_pipeline.data import cache
 from ldm_pipeline.data.cache import ALONE, Cache, Entry, Share, fill
 from ldm_pipeline.data.writing import NotWritten
+from ldm_pipeline.errors import UserError
 from tests.shares import together
 
 KEYS = [f"picture-{i}" for i in range(10)]
@@ -182,6 +183,29 @@ def test_processes_share_the_work(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert "not shared" not in caplog.text
 
 
+def test_a_process_that_fails_ends_the_others_before_they_have_done_all(tmp_path: Path) -> None:
+    """After the shard that each is at; what was encoded is kept."""
+
+    class Failing(Encoder):
+        def __call__(self, indices: Sequence[int]) -> list[Entry | None]:
+            if 1 in indices:
+                raise UserError("this one cannot be had")
+            return super().__call__(indices)
+
+    encoders = [Encoder(), Failing()]
+    ends: list[str] = []
+
+    def one(encoder: Encoder, share: Share) -> None:
+        with pytest.raises(UserError, match="this one cannot be had") as raised:
+            filled(tmp_path, encoder, share)
+        ends.append(str(raised.value))
+
+    together([partial(one, encoder) for encoder in encoders])
+    assert len(ends) == 2
+    assert encoders[0].asked == [0, 2, 4, 6], "8 is of the next shard"
+    assert all(KEYS[i] in Cache(tmp_path) for i in encoders[0].asked)
+
+
 def test_processes_without_a_common_folder_each_get_the_whole(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -193,6 +217,7 @@ def test_processes_without_a_common_folder_each_get_the_whole(
     for machine in (encoders[:2], encoders[2:]):
         assert sorted(i for encoder in machine for i in encoder.asked) == list(range(10))
     assert f"{tmp_path / 'one'} is not shared by all processes" in caplog.text
+    assert caplog.text.count("is not shared") == 4, "each says it once, however many shards"
 
 
 @pytest.mark.parametrize("shared", [True, False])

@@ -201,6 +201,16 @@ def test_captions_are_taken_from_the_key_that_is_named(tmp_path: Path) -> None:
         read_dataset(tmp_path, caption_key="log")
 
 
+@pytest.mark.parametrize(("key", "wanted"), [("long", ("x", "y")), ("caps", ("t",))])
+def test_of_a_regularisation_set_the_named_key_comes_first_and_the_usual_ones_after(
+    tmp_path: Path, key: str, wanted: tuple[str, ...]
+) -> None:
+    record = {"file_name": "a.png", "text": "t", "long": ["x", "y"]}
+    write_folder(tmp_path, {"a.png": png(0), "metadata.jsonl": json.dumps(record).encode()})
+    (item,) = read_dataset(tmp_path, caption_key=key, regularisation=True)
+    assert item.captions == wanted
+
+
 OUTSIDE = ["../secret.png", "/etc/secret.png", "a/../../secret.png", "..", "C:\\a.png",
            "..\\secret.png", "C:a.png", " ", "//server/share/a.png"]  # fmt: skip
 
@@ -386,6 +396,8 @@ def test_rows_of_a_table_are_items_too(table: Path) -> None:
         assert load(items[2]).size == (7, 5)
         other = read_dataset(place, caption_key="captions", limit=1)
         assert [item.captions for item in other] == [("a 0", "b 0")]
+        other = read_dataset(place, caption_key="caps", regularisation=True)
+        assert [item.captions for item in other] == [item.captions for item in items]
     with pytest.raises(UserError, match="test"):
         read_dataset(table.parent, split="test")
     assert [item.key for item in read_dataset(table, split="test")] == [

@@ -503,17 +503,43 @@ def test_a_closed_guard_leaves_everything_as_it_was() -> None:
 class Full(Toy):
     """A toy whose memory holds two samples in training and no more."""
 
+    error: Exception
+
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The toy's losses."""
         if self.training and len(batch["x"]) > 2:
-            raise torch.OutOfMemoryError("out of memory")
+            raise self.error
         return super().forward(batch)
 
 
+OUT_OF_MEMORY = {
+    "accelerator": torch.OutOfMemoryError("CUDA out of memory"),
+    "cpu": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory:"
+        " you tried to allocate 4000000000000 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    "numpy": MemoryError("Unable to allocate 3.64 TiB for an array"),
+}
+
+
+def test_an_error_of_another_kind_is_no_lack_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Full, "error", RuntimeError("shapes do not match"), raising=False)
+    config = settings(tmp_path, batch_size=8)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        fit(Full(config), config)
+
+
+@pytest.mark.parametrize("where", OUT_OF_MEMORY)
 def test_what_does_not_fit_is_done_in_more_pieces(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    where: str,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """8 samples in 4 pieces of 2: said, remembered, and the same bits as asked for so at once."""
+    monkeypatch.setattr(Full, "error", OUT_OF_MEMORY[where], raising=False)
     asked = settings(tmp_path / "asked", batch_size=8, accumulation=4)
     found = settings(tmp_path / "found", batch_size=8, save_every=3)
     fit(Toy(asked), asked)

@@ -14,8 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file
 from torch import Tensor
 
+from ldm_pipeline.data.world.concepts import write_concept
+from ldm_pipeline.lora.files import FILE_NAME
 from ldm_pipeline.training import checkpoint
 from tests.training.conftest import captioned
 from tests.training.toy import Toy, settings
@@ -186,6 +189,32 @@ def test_accelerate_starts_as_many_as_it_is_told(tmp_path: Path, started: list[P
     started.append(run)
     ended(run)
     assert saved(tmp_path)[1]["processes"] == 2
+
+
+def test_the_command_of_the_readme_trains_as_it_is_typed(
+    tmp_path: Path, started: list[Process]
+) -> None:
+    """The real model, for two steps, where the shipped configuration looks for its pictures."""
+    for name in ("train", "configs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    write_concept(tmp_path / "cactus", "cactus", 4)
+    typed = "train/train_lora.py --config configs/lora_tiny.yaml --run.steps 2"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
+    environment |= {"HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}  # no settings of ours
+    started.append(
+        subprocess.Popen(
+            [str(Path(sys.executable).with_name("accelerate")), "launch", *typed.split()],
+            cwd=tmp_path,
+            env={**environment, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+    )
+    assert ended(started[-1]).splitlines()[-1] == "the trained model is in runs/lora/final"
+    weights = load_file(tmp_path / "runs" / "lora" / "final" / FILE_NAME)
+    assert any(value.any() for name, value in weights.items() if "lora_B" in name)
 
 
 def test_a_signal_to_the_whole_group_saves_and_leaves_nobody(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
 import tarfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from PIL import Image
 
 from ldm_pipeline.data import rows
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.training import captioned
 from ldm_pipeline.training.captioned import Captioned, CaptionedSettings
 from ldm_pipeline.training.engine import fit
 from ldm_pipeline.training.lora import LoraConfig, LoraObjective
@@ -135,29 +133,45 @@ def test_a_table_that_has_changed_is_copied_anew(table: Path, tmp_path: Path) ->
     assert not {s.key for s in before.samples} & {s.key for s in after.samples}
 
 
-def test_of_several_processes_one_copies(
+def test_two_runs_that_copy_at_once_take_the_copy_that_is_whole_first(
     table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The others wait: everything is read within what accelerate lets the first one enter."""
-    within: list[bool] = []
+    """Neither touches what the other has begun, and nothing of the second copy stays."""
+    place = tmp_path / "cache" / "rows" / "same"
+    add = rows._add_row
+    begun: list[bool] = []
 
-    class Launched:
-        @contextmanager
-        def local_main_process_first(self) -> Iterator[None]:
-            within.append(True)
-            yield
-            within.append(False)
+    def meanwhile(shard: tarfile.TarFile, stem: str, *told: Any) -> None:
+        add(shard, stem, *told)
+        if not begun:
+            begun.append(True)
+            rows.copy_rows(rows.Table(str(table)), place, 4)
 
-    copy = rows.copy_rows
+    monkeypatch.setattr(rows, "_add_row", meanwhile)
+    assert rows.copy_rows(rows.Table(str(table)), place, ROWS) == place
+    assert list(place.parent.iterdir()) == [place]
+    with tarfile.open(place / "rows-00000.tar") as tar:
+        assert len(tar.getnames()) == 2 * 4, "that of the second run, which was whole first"
 
-    def noted(*told: Any) -> Path:
-        assert within[-1]
-        return copy(*told)
 
-    monkeypatch.setattr(captioned, "launched", Launched)
-    monkeypatch.setattr(rows, "copy_rows", noted)
-    Captioned(settings(table, tmp_path / "cache"), 0, 2)
-    assert within == [True, False]
+def test_what_a_killed_copy_left_is_swept_when_it_is_old(table: Path, tmp_path: Path) -> None:
+    place = tmp_path / "rows" / "same"
+    left = {name: place.with_name(f".same.{name}.unfinished") for name in ("old", "new")}
+    for name, folder in left.items():
+        folder.mkdir(parents=True)
+        (folder / "rows-00000.tar").write_bytes(b"half")
+        for path in (folder / "rows-00000.tar", folder):
+            os.utime(path, None if name == "new" else (0, 0))
+    rows.copy_rows(rows.Table(str(table)), place, None)
+    assert set(place.parent.iterdir()) == {place, left["new"]}
+
+
+def test_limit_cuts_the_source_alone(table: Path, tmp_path: Path) -> None:
+    """Whether the regularisation's table is streamed or not."""
+    for stream in (True, False):
+        told = config_of(table, tmp_path / "run", limit=2, stream=stream, regularisation=str(table))
+        data = Captioned(told.data, 0, 2)
+        assert (len(data.samples), len(data.kept)) == (2, ROWS)
 
 
 def test_a_batch_has_the_rows_captions(table: Path, tmp_path: Path) -> None:
