@@ -151,6 +151,7 @@ class AdapterObjective(nn.Module, ABC):
                 self.add_module(name, encoder)
             else:
                 encoder.requires_grad_(False)
+        self._stop: Sequence[int] = ()
         self._quick: list[Any] = []  # the compiled call; in a list, as it is no part of its own
         self._pipe = pipe if config.pictures.prompts else None
         self._base: list[Image] = []
@@ -235,6 +236,10 @@ class AdapterObjective(nn.Module, ABC):
             sums = [self._sums(group) for group in list(map(self._ready, batch["groups"]))]
         return {name: torch.stack([s[name] for s in sums]).sum() / batch["n"] for name in sums[0]}
 
+    def heed(self, stop: Sequence[int]) -> None:
+        """Be shown what a signal fills: it ends a validation between two groups."""
+        self._stop = stop
+
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """The plain penalty on some of what was held out, in bands of levels, with fixed noise."""
@@ -245,6 +250,8 @@ class AdapterObjective(nn.Module, ABC):
         context = torch.autocast(self.unet.device.type, self.unet.dtype, enabled=half)
         sums = torch.zeros(BANDS, dtype=torch.float64)
         for bands, group in self._validation(chosen):
+            if self._stop:
+                break
             moved = {name: value.to(self.unet.device) for name, value in group.items()}
             with context:
                 errors = self._errors_in_parts(moved)
