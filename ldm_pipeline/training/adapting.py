@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from ldm_pipeline.data.buckets import Size
 from ldm_pipeline.data.cache import Cache, Share, key_of
-from ldm_pipeline.diffusion.schedule import Schedule
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.grid import captioned_grid
 from ldm_pipeline.lora.inject import inject, without_input_casts
@@ -35,11 +34,18 @@ from ldm_pipeline.models.conditioning import conditioning_of
 from ldm_pipeline.processes.ranks import Ranks, launched
 from ldm_pipeline.training.adapter_config import AdapterConfig
 from ldm_pipeline.training.captioned import Sample, cached_texts, text_key
+from ldm_pipeline.training.levels import levels_of
 from ldm_pipeline.training.lora_card import PICTURES, model_card
 from ldm_pipeline.training.lora_export import check_formats, family_of_unet, write_formats
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.sharding import sharding
-from ldm_pipeline.training.start import attend_quickly, compiled, precision, take_adapter
+from ldm_pipeline.training.start import (
+    attend_quickly,
+    compiled,
+    precision,
+    recompute,
+    take_adapter,
+)
 from ldm_pipeline.training.too_large import in_memory
 
 BANDS = 4
@@ -126,7 +132,7 @@ class AdapterObjective(nn.Module, ABC):
                 f"several sizes calls it for each; set data.fixed=true (sizes: {self.data.sizes})"
             )
         pipe = open_model(config.model, self._dtype())
-        self.kind, self.schedule = _levels_of(pipe, zero_terminal_snr)
+        self.kind, self.schedule = levels_of(pipe, zero_terminal_snr)
         self.conditioning = conditioning_of(pipe)
         share = Share(self.ranks.index, self.ranks.count, self.ranks.told)
         pipe.to(self.state.device)
@@ -134,9 +140,9 @@ class AdapterObjective(nn.Module, ABC):
         self.unet = pipe.unet
         device = self.state.device.type
         attend_quickly(self.unet, precision(config.run.mixed_precision, device), device)
-        if config.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
         encoders = self.conditioning.encoders
+        if config.gradient_checkpointing:
+            recompute(self.unet, *(encoders.values() if train_texts else ()))
         texts = None if train_texts else data.texts()
         self.texts: Cache | None = None
         if texts is not None:
@@ -422,21 +428,3 @@ class AdapterObjective(nn.Module, ABC):
 def stacked(group: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Samples as one group: each tensor with a first axis for them."""
     return {name: torch.stack([sample[name] for sample in group]) for name in group[0]}
-
-
-def _levels_of(pipe: Any, zero_terminal: bool) -> tuple[str, Schedule]:
-    """What the network predicts, and the levels that it is trained on."""
-    config = dict(pipe.scheduler.config)
-    kind = str(config.get("prediction_type", "epsilon"))
-    schedule = Schedule.from_config(config)
-    if "sigma_data" in config:
-        raise UserError(
-            "the model's scheduler weighs its network's input and output by sigma_data (EDM,"
-            " 2206.00364); only models of noise, v and x0 prediction can be trained"
-        )
-    if zero_terminal and kind == "epsilon":
-        raise UserError(
-            "loss.zero_terminal_snr=true needs a v-prediction model: at the last level all is "
-            "noise, and a network that predicts the noise learns nothing there"
-        )
-    return kind, schedule.zero_terminal_snr() if zero_terminal else schedule

@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora import files
@@ -96,6 +97,19 @@ def attend_quickly(unet: UNet2DConditionModel, precision: str, device: str) -> N
     small = (unet.config.sample_size or SMALL_GRID) <= SMALL_GRID
     if precision == "bf16" and device == "cpu" and small:
         unet.set_attn_processor(AttnProcessor())
+
+
+def recompute(*networks: nn.Module) -> None:
+    """Let networks of diffusers and transformers that are trained compute their layers again in the
+    backward pass, and not keep what those say."""
+    for network in networks:
+        if isinstance(network, ModelMixin):
+            network.enable_gradient_checkpointing()
+        else:
+            assert isinstance(network, PreTrainedModel)
+            # Later versions of transformers 5 call it otherwise, and warn of the earlier name.
+            earlier = network.gradient_checkpointing_enable
+            getattr(network, "activation_checkpointing_enable", earlier)({"use_reentrant": False})
 
 
 def compiled(module: nn.Module) -> Any:

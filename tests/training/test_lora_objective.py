@@ -448,13 +448,24 @@ def test_pictures_show_the_prompts_without_and_with_the_adapter(
 
 
 def test_checkpointing_gradients_changes_no_gradient(folder: Path, opened: Counted) -> None:
-    gradients = []
+    """Neither the UNet's nor the text encoder's, whose layers are both gone through twice."""
+    gradients, passes = [], list[str]()
     for on in (False, True):
-        config = config_of(folder).model_copy(update={"gradient_checkpointing": on})
+        told = {"lora": {"text_encoder": True}, "data": {"fixed": True}}
+        config = config_of(folder, **told).model_copy(update={"gradient_checkpointing": on})
         objective = LoraObjective(config, opened)
         nn.Module.train(objective)
+        passes[:] = []
+        encoder: Any = objective.text_encoder
+        for name, part in (
+            ("unet", objective.unet.up_blocks[0].resnets[0]),
+            ("text", next(m for n, m in encoder.named_modules() if n.endswith("layers.0.mlp"))),
+        ):
+            part.register_forward_pre_hook(lambda *_, name=name: passes.append(name))
         objective(objective.batch(range(4)))["loss"].backward()
+        assert sorted(passes) == (["text"] * 2 + ["unet"] * 2 if on else ["text", "unet"])
         gradients.append({n: p.grad for n, p in objective.adapter.parameters.items()})
+    assert any(name.startswith("text_encoder") for name in gradients[0])
     for name, gradient in gradients[0].items():
         other = gradients[1][name]
         assert gradient is not None
