@@ -298,10 +298,10 @@ class AdapterObjective(nn.Module, ABC):
                 bands, samples = zip(*group[start : start + most], strict=True)
                 yield list(bands), stacked(list(samples))
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, updates: int) -> None:
         """Write the adapter, as stock diffusers reads it at least, and its model card."""
         weights, samples = self.adapter.weights(), len(self.data.samples)
-        write_formats(folder, self.config, weights, self._notes(), self.family, samples)
+        write_formats(folder, self.config, weights, self._notes(), self.family, samples, updates)
         picture = self.picture()
         if picture is not None:
             picture.save(folder / PICTURES)
@@ -309,6 +309,7 @@ class AdapterObjective(nn.Module, ABC):
             self.config,
             self.config.model,
             samples,
+            updates,
             picture is not None,
             self.conditioning.tag,
             self._use(),

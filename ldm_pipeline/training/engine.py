@@ -208,7 +208,7 @@ class _Run:
         final = self.config.run.out / "final"
         self.module.eval()
         with self._averaged():
-            self._by_the_first(lambda: write_folder(final, self.objective.export))
+            self._by_the_first(lambda: write_folder(final, self._export))
         self.accelerator.end_training()
         return final
 
@@ -362,8 +362,11 @@ class _Run:
         bar.write(f"step {self.done}: {shown}" if shown else f"step {self.done}")
         self._show()
         if scores.get("loss", math.inf) < self.best:
-            write_folder(self.config.run.out / "best", self.objective.export)
+            write_folder(self.config.run.out / "best", self._export)
             self.best = scores["loss"]
+
+    def _export(self, folder: Path) -> None:
+        self.objective.export(folder, self.done)
 
     def _show(self) -> None:
         """Keep the picture that the objective draws, as a file and where the run is logged."""

@@ -39,8 +39,9 @@ class Objective(Protocol):
         """
         ...
 
-    def export(self, folder: Path) -> None:
-        """Write the trained model (the moving average is in place) in Diffusers layout."""
+    def export(self, folder: Path, updates: int) -> None:
+        """Write the trained model (the moving average is in place) in Diffusers layout; `updates`
+        is how many made it, for its card."""
         ...
 
 

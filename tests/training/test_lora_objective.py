@@ -291,7 +291,7 @@ def test_every_format_draws_what_was_trained(folder: Path, opened: Counted, tiny
     with torch.no_grad():
         for parameter in objective.adapter.parameters.values():
             parameter.add_(0.1 * torch.randn(parameter.shape))
-    objective.export(folder.parent / "out")
+    objective.export(folder.parent / "out", 5)
     parts = {**copy.deepcopy(tiny()), **objective.adapter.models}
     trained = drawn(StableDiffusionPipeline(**parts, requires_safety_checker=False))
     for name in ("pytorch_lora_weights.safetensors", "kohya.safetensors", "peft"):
@@ -303,7 +303,8 @@ def test_every_format_draws_what_was_trained(folder: Path, opened: Counted, tiny
             stock.load_lora_weights(place)
         assert (drawn(stock) - trained).abs().max() <= 1e-6, name
     texts = inspect(folder.parent / "out" / "kohya.safetensors").texts
-    assert (texts["ss_max_train_steps"], texts["ss_base_model_version"]) == ("6", "sd_v1")
+    assert (texts["ss_steps"], texts["ss_max_train_steps"]) == ("5", "6")
+    assert texts["ss_base_model_version"] == "sd_v1"
     assert float(texts["ss_learning_rate"]) == 1e-2
 
 

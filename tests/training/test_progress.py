@@ -151,6 +151,41 @@ def test_a_validation_is_owed_until_it_is_made(tmp_path: Path, measures: dict[in
     assert state_of(config)["owed"] is False
 
 
+class Counting(Measured):
+    """Whose export tells how many updates made it, and whose first validation is the best."""
+
+    calls = 0
+
+    def validate(self) -> dict[str, float]:
+        """0, 1, …"""
+        self.calls += 1
+        return {"loss": self.calls - 1.0}
+
+    def export(self, folder: Path, updates: int) -> None:
+        """The toy's, with the number."""
+        super().export(folder, updates)
+        (folder / "updates").write_text(str(updates))
+
+
+def test_what_is_exported_says_how_many_updates_made_it(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The best after 2 of 6; the final one after 6, also where fewer are asked for later."""
+
+    def told(name: str) -> str:
+        return (tmp_path / name / "updates").read_text()
+
+    config = settings(tmp_path)
+    fit(Counting(config), config)
+    assert (told("best"), told("final")) == ("2", "6")
+    assert "lies below" not in caplog.text
+    (tmp_path / "final" / "updates").unlink()
+    fewer = settings(tmp_path, steps=3)
+    fit(Counting(fewer), fewer)
+    assert told("final") == "6"
+    assert "run.steps=3 lies below the 6 updates of" in caplog.text
+
+
 # -- numbers ---------------------------------------------------------------------------------
 
 
