@@ -39,7 +39,7 @@ from ldm_pipeline.training.progress import Checkpoints, Progress
 from ldm_pipeline.training.resuming import FILE_NAME, check_resume, say_what_changed
 from ldm_pipeline.training.sharding import Shards, sharding
 from ldm_pipeline.training.signals import leave_signals_to_the_run, stop_on_signals
-from ldm_pipeline.training.start import compiled, precision
+from ldm_pipeline.training.start import compiled, precision, warn_of_accelerate
 from ldm_pipeline.training.steps import Steps, seed_of
 from ldm_pipeline.training.too_large import ADVICE, in_memory
 from ldm_pipeline.training.tracking import check_tracker, keep_picture, start_tracker
@@ -391,6 +391,7 @@ class _Run:
         path, unfinished = run.out / FILE_NAME, run.out / f".{FILE_NAME}.unfinished"
         if self.done:
             say_what_changed(self.config)
+        warn_of_accelerate(run)
         for name in ("best", "final"):
             settle_folder(run.out / name)
         with writing(path, unfinished):

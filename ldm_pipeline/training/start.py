@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,9 @@ from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora import files
 from ldm_pipeline.lora.inject import Adapter
 from ldm_pipeline.processes.ranks import launched
+from ldm_pipeline.training.config import RunSettings
+
+log = logging.getLogger(__name__)
 
 SMALL_GRID = 32
 """Places along each side; of 64 the matrix takes 268 MB in each attention of Stable Diffusion."""
@@ -85,6 +90,23 @@ def precision(asked: str, device: str | None = None) -> str:
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
     able = torch.cpu.get_capabilities() if device == "cpu" else {}
     return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "no"
+
+
+def warn_of_accelerate(run: RunSettings) -> None:
+    """Say in one line what `accelerate launch` was asked for that `run` decides otherwise.
+
+    "no" and 1 are what it sets where nobody asks.
+    """
+    odd = []
+    for flag, name, ours in (
+        ("mixed_precision", "mixed_precision", precision(run.mixed_precision)),
+        ("gradient_accumulation_steps", "accumulation", str(run.accumulation)),
+    ):
+        asked = os.environ.get(f"ACCELERATE_{flag.upper()}", "no").lower()
+        if asked not in ("no", "1", "auto", ours):
+            odd.append(f"--{flag} {asked} has no effect, run.{name} counts: {ours}")
+    if odd:
+        log.warning("accelerate's %s", "; ".join(odd))
 
 
 def attend_quickly(unet: UNet2DConditionModel, precision: str, device: str) -> None:
