@@ -27,7 +27,6 @@ from torch import Tensor, nn
 
 from ldm_pipeline.data.buckets import Size
 from ldm_pipeline.data.cache import Cache, Share, key_of
-from ldm_pipeline.diffusion.schedule import Schedule
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.grid import captioned_grid
 from ldm_pipeline.lora.inject import inject, without_input_casts
@@ -35,6 +34,7 @@ from ldm_pipeline.models.conditioning import conditioning_of
 from ldm_pipeline.processes.ranks import Ranks, launched
 from ldm_pipeline.training.adapter_config import AdapterConfig
 from ldm_pipeline.training.captioned import Sample, cached_texts, text_key
+from ldm_pipeline.training.levels import levels_of
 from ldm_pipeline.training.lora_card import PICTURES, model_card
 from ldm_pipeline.training.lora_export import check_formats, family_of_unet, write_formats
 from ldm_pipeline.training.objective import Batch
@@ -45,6 +45,7 @@ from ldm_pipeline.training.start import (
     check_adapter,
     compiled,
     precision,
+    recompute,
     take_adapter,
 )
 from ldm_pipeline.training.too_large import in_memory, is_out_of_memory
@@ -135,7 +136,7 @@ class AdapterObjective(nn.Module, ABC):
         if config.begin_from is not None:
             self._check_begin_from(config.begin_from)
         pipe = open_model(config.model, self._dtype())
-        self.kind, self.schedule = _levels_of(pipe, zero_terminal_snr)
+        self.kind, self.schedule = levels_of(pipe, zero_terminal_snr)
         self.conditioning = conditioning_of(pipe)
         share = share_of(self.ranks)
         pipe.to(self.state.device)
@@ -143,9 +144,9 @@ class AdapterObjective(nn.Module, ABC):
         self.unet = pipe.unet
         device = self.state.device.type
         attend_quickly(self.unet, precision(config.run.mixed_precision, device), device)
-        if config.gradient_checkpointing:
-            self.unet.enable_gradient_checkpointing()
         encoders = self.conditioning.encoders
+        if config.gradient_checkpointing:
+            recompute(self.unet, *(encoders.values() if train_texts else ()))
         texts = None if train_texts else data.texts()
         self.texts: Cache | None = None
         if texts is not None:
@@ -160,6 +161,7 @@ class AdapterObjective(nn.Module, ABC):
                 self.add_module(name, encoder)
             else:
                 encoder.requires_grad_(False)
+        self._stop: Sequence[int] = ()
         self._quick: list[Any] = []  # the compiled call; in a list, as it is no part of its own
         self._pipe = pipe if config.pictures.prompts else None
         self._base: list[Image] = []
@@ -248,6 +250,10 @@ class AdapterObjective(nn.Module, ABC):
             sums = [self._sums(group) for group in list(map(self._ready, batch["groups"]))]
         return {name: torch.stack([s[name] for s in sums]).sum() / batch["n"] for name in sums[0]}
 
+    def heed(self, stop: Sequence[int]) -> None:
+        """Be shown what a signal fills: it ends a validation between two groups."""
+        self._stop = stop
+
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
         """The plain penalty on some of what was held out, in bands of levels, with fixed noise."""
@@ -258,6 +264,8 @@ class AdapterObjective(nn.Module, ABC):
         context = torch.autocast(self.unet.device.type, self.unet.dtype, enabled=half)
         sums = torch.zeros(BANDS, dtype=torch.float64)
         for bands, group in self._validation(chosen):
+            if self._stop:
+                break
             moved = {name: value.to(self.unet.device) for name, value in group.items()}
             with context:
                 errors = self._errors_in_parts(moved)
@@ -298,10 +306,10 @@ class AdapterObjective(nn.Module, ABC):
                 bands, samples = zip(*group[start : start + most], strict=True)
                 yield list(bands), stacked(list(samples))
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, updates: int) -> None:
         """Write the adapter, as stock diffusers reads it at least, and its model card."""
         weights, samples = self.adapter.weights(), len(self.data.samples)
-        write_formats(folder, self.config, weights, self._notes(), self.family, samples)
+        write_formats(folder, self.config, weights, self._notes(), self.family, samples, updates)
         picture = self.picture()
         if picture is not None:
             picture.save(folder / PICTURES)
@@ -309,6 +317,7 @@ class AdapterObjective(nn.Module, ABC):
             self.config,
             self.config.model,
             samples,
+            updates,
             picture is not None,
             self.conditioning.tag,
             self._use(),
@@ -428,21 +437,3 @@ class AdapterObjective(nn.Module, ABC):
 def stacked(group: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Samples as one group: each tensor with a first axis for them."""
     return {name: torch.stack([sample[name] for sample in group]) for name in group[0]}
-
-
-def _levels_of(pipe: Any, zero_terminal: bool) -> tuple[str, Schedule]:
-    """What the network predicts, and the levels that it is trained on."""
-    config = dict(pipe.scheduler.config)
-    kind = str(config.get("prediction_type", "epsilon"))
-    schedule = Schedule.from_config(config)
-    if "sigma_data" in config:
-        raise UserError(
-            "the model's scheduler weighs its network's input and output by sigma_data (EDM,"
-            " 2206.00364); only models of noise, v and x0 prediction can be trained"
-        )
-    if zero_terminal and kind == "epsilon":
-        raise UserError(
-            "loss.zero_terminal_snr=true needs a v-prediction model: at the last level all is "
-            "noise, and a network that predicts the noise learns nothing there"
-        )
-    return kind, schedule.zero_terminal_snr() if zero_terminal else schedule

@@ -173,7 +173,7 @@ class AutoencoderObjective(nn.Module):
         }
 
     @torch.no_grad()
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, updates: int) -> None:
         """Write the autoencoder; its scaling factor gives latents of unit variance."""
         scale = 1.0 / self.validate()["latent_std"]
         self.vae.register_to_config(scaling_factor=round(scale, 5))

@@ -175,8 +175,8 @@ class Captioned:
         self.samples = [s for s in self.samples if s.key not in keys]
         self.held_out = [s for s in self.held_out if s.key not in keys]
         self.kept = [s for s in self.kept if s.key not in keys]
-        sources = {self.settings.source: self.samples, self.settings.regularisation: self.kept}
-        for source, left in sources.items():
+        told = self.settings
+        for source, left in ((told.source, self.samples), (told.regularisation, self.kept)):
             if source is not None and not left:
                 raise UserError(f"{source} has no picture that can be trained on")
         self._order.cache_clear()

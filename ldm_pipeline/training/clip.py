@@ -183,7 +183,7 @@ class ClipObjective(nn.Module):
         measures = self({name: value.to(device) for name, value in batch.items()})
         return {name: float(value) for name, value in measures.items()}
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, updates: int) -> None:
         """Write `clip` (both towers), `text_encoder` and `tokenizer` in their libraries' layout."""
         self.clip.save_pretrained(folder / "clip")
         encoder = CLIPTextModel(self.clip.config.text_config)

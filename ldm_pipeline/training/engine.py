@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from multiprocessing import get_all_start_methods
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import Accelerator
@@ -32,19 +32,14 @@ from tqdm.auto import tqdm
 from ldm_pipeline.data.writing import NotWritten, in_one_line, settle_folder, write_folder, writing
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.processes.ranks import Ranks, launched
-from ldm_pipeline.training import checkpoint
 from ldm_pipeline.training.clock import Clock
 from ldm_pipeline.training.config import TrainingConfig, write_yaml
-from ldm_pipeline.training.objective import Batch, Compiling, Drawing, Objective, named
-from ldm_pipeline.training.resuming import (
-    FILE_NAME,
-    check_resume,
-    refuse_other_meaning,
-    say_what_changed,
-)
+from ldm_pipeline.training.objective import Batch, Compiling, Drawing, Objective, Stoppable, named
+from ldm_pipeline.training.progress import Checkpoints, Progress
+from ldm_pipeline.training.resuming import FILE_NAME, check_resume, say_what_changed
 from ldm_pipeline.training.sharding import Shards, sharding
 from ldm_pipeline.training.signals import leave_signals_to_the_run, stop_on_signals
-from ldm_pipeline.training.start import compiled, precision
+from ldm_pipeline.training.start import compiled, precision, warn_of_accelerate
 from ldm_pipeline.training.steps import Steps, seed_of
 from ldm_pipeline.training.too_large import ADVICE, in_memory, is_out_of_memory
 from ldm_pipeline.training.tracking import check_tracker, keep_picture, start_tracker
@@ -55,8 +50,6 @@ from ldm_pipeline.training.updates import (
     learning_rate,
     leave_out,
     moving_average,
-    optimiser_state,
-    restore_optimiser,
     say_what_is_shortened,
     skips_on_the_device,
 )
@@ -101,10 +94,11 @@ def check(config: TrainingConfig) -> None:
 def fit(objective: nn.Module, config: TrainingConfig) -> Path:
     """Train `objective` as `config` says and return the folder of the final model.
 
-    The same call again resumes from the newest whole checkpoint; a finished run only exports.
-    Raises UserError for settings that do not fit together or the memory, FloatingPointError for a
-    loss or gradient that is not finite (nothing was updated from there on), NotWritten where the
-    disk takes no more, and Interrupted after SIGINT or SIGTERM.
+    The same call again resumes from the newest whole checkpoint, first with the validation that a
+    stop left out; a finished run only exports. Raises UserError for settings that do not fit
+    together or the memory, FloatingPointError for a loss or gradient that is not finite (nothing
+    was updated from there on) or for such weights (which are not saved), NotWritten where the disk
+    takes no more, and Interrupted after SIGINT or SIGTERM.
     """
     with in_memory("outside the gradients of a step"):
         run = _Run(objective, config)
@@ -135,10 +129,13 @@ class _Run:
         self.optimiser: Any = self.accelerator.prepare_optimizer(optimiser)
         self.optimiser.train()
         self.average = moving_average(objective, self.trained, config.optimiser.ema_decay)
-        self.checkpoints = run.out / checkpoint.FOLDER
+        self.checkpoints = Checkpoints(
+            config, self.ranks, self.trained, self.optimiser, self.average, self.accelerator.scaler
+        )
         self.forward = self._compiled() if run.compile else self.module
-        self.accumulation, self.best = run.accumulation, math.inf
-        self.done = self.logged = self._resume()
+        at = self.checkpoints.resume()
+        self.done = self.logged = at.done
+        self.accumulation, self.best, self.owed = at.pieces, at.best, at.owed
         if len(set(self.ranks.told(str(self.done)))) > 1:
             raise UserError(f"processes see different checkpoints in {run.out}; share that folder")
         self._by_the_first(self._begin)
@@ -155,6 +152,8 @@ class _Run:
     def train(self, stop: list[int]) -> None:
         """All steps that are left; raises what `fit` raises."""
         run = self.config.run
+        if isinstance(self.objective, Stoppable):
+            self.objective.heed(stop)
         self.module.train()
         since = torch.zeros(0)
         self.clock, first = Clock(), self.done
@@ -166,6 +165,10 @@ class _Run:
             dynamic_ncols=True,
             disable=not self.accelerator.is_local_main_process,
         ) as bar:
+            if self.owed:
+                self._validate(stop, bar)
+                if self.owed:
+                    self._interrupted()
             batches = self._batches()
             while self.done < run.steps:
                 step = self.done
@@ -179,33 +182,36 @@ class _Run:
                 self.done = done = step + 1
                 since = self.gradients.measures + (since if since.numel() else 0)
                 bar.update()
-                logging_now = done % run.log_every == 0 or done == run.steps
-                saving = stopping or done % run.save_every == 0 or done == run.steps
-                validating = done % run.validate_every == 0 or done == run.steps
-                if logging_now or saving or validating:
+                logging_now, validating, saving = (
+                    done % every == 0 or done == run.steps
+                    for every in (run.log_every, run.validate_every, run.save_every)
+                )
+                if logging_now or validating or saving or stopping:
                     self._stop_if_spoilt()
                 if logging_now:
                     self._log(since / (done - self.logged), norm, done - self.logged, bar)
                     since, self.logged = torch.zeros(0), done
-                if validating and not stopping:
-                    with self.clock.apart():
-                        self._validate(bar)
-                if saving:
+                if validating:
+                    self._validate(stop, bar)
+                stopping = stopping or self.owed
+                if saving or stopping:
                     self._save()
                 if stopping:
-                    self.accelerator.end_training()
-                    raise Interrupted(
-                        f"stopped at step {done}; the same command goes on from there"
-                    )
+                    self._interrupted()
         if self.done > first and self.accelerator.is_main_process:
             log.info("%d steps in %s", self.done - first, self.clock)
+
+    def _interrupted(self) -> NoReturn:
+        """End where all is saved."""
+        self.accelerator.end_training()
+        raise Interrupted(f"stopped at step {self.done}; the same command goes on from there")
 
     def finish(self) -> Path:
         """Export the model, the moving average in place where there is one."""
         final = self.config.run.out / "final"
         self.module.eval()
         with self._averaged():
-            self._by_the_first(lambda: write_folder(final, self.objective.export))
+            self._by_the_first(lambda: write_folder(final, self._export))
         self.accelerator.end_training()
         return final
 
@@ -337,12 +343,22 @@ class _Run:
         self.accelerator.log({**values, **told}, step=self.done)
         bar.set_postfix({**{k: f"{v:.4g}" for k, v in values.items()}, "img/s": f"{speed:.3g}"})
 
-    def _validate(self, bar: Any) -> None:
+    def _validate(self, stop: list[int], bar: Any) -> None:
+        """Measure what is trained; owed instead where the run is to stop, before or meanwhile."""
+        self.owed = self._to_stop(stop)
+        if self.owed:
+            return
         self.module.eval()
-        with in_memory("in a validation"), self._averaged():
+        with self.clock.apart(), in_memory("in a validation"), self._averaged():
             scores = self.objective.validate()
-            self._by_the_first(lambda: self._keep(scores, bar))
+            self.owed = self._to_stop(stop)  # a stop may have cut it short; pictures take long
+            if not self.owed:
+                self._by_the_first(lambda: self._keep(scores, bar))
         self.module.train()
+
+    def _to_stop(self, stop: list[int]) -> bool:
+        """Whether any process was asked to stop."""
+        return self.ranks.agree(bool(stop))[0]
 
     def _keep(self, scores: Mapping[str, float], bar: Any) -> None:
         """Log and show what a validation said, and the model if it is the best so far."""
@@ -351,8 +367,11 @@ class _Run:
         bar.write(f"step {self.done}: {shown}" if shown else f"step {self.done}")
         self._show()
         if scores.get("loss", math.inf) < self.best:
-            write_folder(self.config.run.out / "best", self.objective.export)
+            write_folder(self.config.run.out / "best", self._export)
             self.best = scores["loss"]
+
+    def _export(self, folder: Path) -> None:
+        self.objective.export(folder, self.done)
 
     def _show(self) -> None:
         """Keep the picture that the objective draws, as a file and where the run is logged."""
@@ -378,6 +397,7 @@ class _Run:
         if self.done:
             say_what_changed(self.config)
         say_what_is_shortened(run.steps, self.config.optimiser)
+        warn_of_accelerate(run)
         for name in ("best", "final"):
             settle_folder(run.out / name)
         with writing(path, unfinished):
@@ -401,52 +421,11 @@ class _Run:
             raise NotWritten(told[0])
 
     def _save(self) -> None:
-        self._by_the_first(self._write_checkpoint)
-
-    def _write_checkpoint(self) -> None:
-        tensors, others = optimiser_state(self.optimiser, self.trained)
-        parts: dict[str, Mapping[str, Tensor]] = {"weights": self.trained, "optimiser": tensors}
-        if self.average is not None:
-            parts["average"] = self.average.average
-        state = {
-            "optimiser": others,
-            "seed": self.config.run.seed,
-            "kind": self.config.optimiser.kind,
-            "accumulation": self.accumulation,
-            "processes": self.ranks.count,
-            "best": self.best if math.isfinite(self.best) else None,
-        }
-        saved = checkpoint.save(self.checkpoints, self.done, parts, state)
-        checkpoint.prune(self.checkpoints, self.config.run.keep_checkpoints, saved)
-
-    def _resume(self) -> int:
-        """Put the newest whole checkpoint in place; the step to go on with, 0 without one."""
-        newest = checkpoint.newest(self.checkpoints)
-        if newest is None:
-            return 0
-        parts, state = checkpoint.load(newest)
-        if parts["weights"].keys() != self.trained.keys():
-            raise UserError(f"{newest} holds another model; choose another run.out or remove it")
-        seed, kind = self.config.run.seed, self.config.optimiser.kind
-        told = {
-            "run": {"seed": state.get("seed", seed)},
-            "optimiser": {"kind": state.get("kind", kind)},
-        }
-        refuse_other_meaning(self.config, told, newest)  # also where config.yaml is gone
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                if parts["weights"][name].shape != parameter.shape:
-                    raise UserError(f"{newest} holds another model ({name} has another shape)")
-                parameter.copy_(parts["weights"][name])
-        if self.average is not None:
-            self.average.go_on(parts.get("average"))
-        others = state.get("optimiser", {})
-        restore_optimiser(self.optimiser, self.trained, parts["optimiser"], others)
-        if self.accelerator.is_main_process:
-            log.info("going on from %s", newest)
-        best = state.get("best")
-        self.best = math.inf if best is None else float(best)
-        smaller = int(state.get("accumulation", 0))  # an earlier process ran out of memory
-        if smaller > self.accumulation and self._steps().share % smaller == 0:
-            self.accumulation = smaller
-        return int(state["step"])
+        """Write a checkpoint, unless there is something in it that no run could go on with."""
+        if not self.checkpoints.finite():
+            raise FloatingPointError(
+                f"after {self.done} updates the weights are not finite: they are not saved, and "
+                "older checkpoints stay. Lower optimiser.lr"
+            )
+        at = Progress(self.done, self.accumulation, self.best, self.owed)
+        self._by_the_first(lambda: self.checkpoints.save(at))

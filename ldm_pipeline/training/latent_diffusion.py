@@ -235,7 +235,7 @@ class LatentDiffusionObjective(nn.Module):
         words = float((astray - errors).mean())
         return {"loss": float(errors.mean()), "words": words, **named}
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, updates: int) -> None:
         """Write the whole pipeline in Diffusers layout, in 16 bits."""
         parts = {"unet": self.unet, "text_encoder": self.text_encoder, "vae": self._vae[0]}
         halves = {

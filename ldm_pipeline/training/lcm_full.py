@@ -80,7 +80,7 @@ class FullLcmObjective(LcmObjective):
         finally:
             pipe.scheduler, pipe.unet = own
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, updates: int) -> None:
         """Write the whole pipeline in Diffusers layout, in 16 bits, and its model card.
 
         Of Stable Diffusion 1.x and 2.x it is a `LatentConsistencyModelPipeline` to stock diffusers.
@@ -95,16 +95,16 @@ class FullLcmObjective(LcmObjective):
         picture = self.picture()
         if picture is not None:
             picture.save(folder / PICTURES)
-        (folder / "README.md").write_text(self._card(picture is not None), "utf-8")
+        (folder / "README.md").write_text(self._card(updates, picture is not None), "utf-8")
 
-    def _card(self, shown: bool) -> str:
+    def _card(self, updates: int, shown: bool) -> str:
         resolved = yaml.safe_dump(self.config.model_dump(mode="json"), sort_keys=False)
         low, high = self.config.lcm.w
         return CARD.format(
             base=self.config.model,
             tag=self.conditioning.tag,
             samples=len(self.data.samples),
-            steps=self.config.run.steps,
+            updates=updates,
             batch=self.config.run.batch_size,
             scales=f"{1 + low:g} to {1 + high:g}",
             middle=f"{1 + (low + high) / 2:g}",
@@ -149,8 +149,8 @@ tags: [{tag}, lcm, text-to-image, diffusers]
 ---
 # A latent consistency model of {base}
 
-{shown}Trained on {samples} captioned pictures: {steps} updates of {batch} samples each. Its UNet is
-told the guidance, and learnt scales of {scales}.
+{shown}Trained on {samples} captioned pictures: {updates} updates of {batch} samples each. Its UNet
+is told the guidance, and learnt scales of {scales}.
 
     ldm generate "…" --model FOLDER --lcm --steps 4 --guidance {middle}
 

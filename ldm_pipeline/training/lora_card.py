@@ -14,11 +14,13 @@ def model_card(
     config: TrainingConfig,
     base: str,
     samples: int,
+    updates: int,
     pictures: bool,
     tag: str,
     use: str | None = None,
 ) -> str:
-    """The card's Markdown: `samples` pictures taught it, `pictures` says whether some are shown.
+    """The card's Markdown: `samples` pictures taught it in `updates`, `pictures` says whether some
+    are shown.
 
     `tag` is the family of models that it is for, as the hub calls it; `use` how to draw with it,
     where that is not the way of every LoRA.
@@ -26,7 +28,7 @@ def model_card(
     resolved = yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
     shown = f"![drawn without and with the adapter]({PICTURES})\n\n" if pictures else ""
     return CARD.format(
-        base=base, samples=samples, steps=config.run.steps, batch=config.run.batch_size,
+        base=base, samples=samples, updates=updates, batch=config.run.batch_size,
         shown=shown, config=resolved, tag=tag,
         use=use or USE.format(base=base, name=FILE_NAME),
     )  # fmt: skip
@@ -45,7 +47,7 @@ tags: [{tag}, lora, text-to-image, diffusers]
 ---
 # A LoRA for {base}
 
-{shown}Trained on {samples} captioned pictures: {steps} updates of {batch} samples each.
+{shown}Trained on {samples} captioned pictures: {updates} updates of {batch} samples each.
 
 {use}
 ## Configuration

@@ -44,10 +44,11 @@ def write_formats(
     notes: Mapping[str, str],
     family: Family,
     samples: int,
+    updates: int,
 ) -> None:
     """Write `weights` into `folder`; `notes` are what the header says besides."""
     for layout in dict.fromkeys(("diffusers", *config.lora.formats)):
-        told = {**record(config, samples), **notes} if layout == "kohya" else notes
+        told = {**record(config, samples, updates), **notes} if layout == "kohya" else notes
         files.save(folder / PLACES[layout], weights, told, layout, family)
 
 
@@ -60,14 +61,16 @@ def family_of_unet(config: Any, prediction: str) -> Family:
     return FAMILIES["sd2-v" if prediction == "v_prediction" else "sd2"]
 
 
-def record(config: AdapterConfig, samples: int) -> dict[str, str]:
-    """What kohya's header says of a run: ss_*, each a text."""
+def record(config: AdapterConfig, samples: int, updates: int) -> dict[str, str]:
+    """What kohya's header says of a run: ss_*, each a text. `steps` were made, of `max_train_steps`
+    that were asked for (or were made, where fewer are asked for now)."""
     run, optimiser = config.run, config.optimiser
     told = {
         "output_name": run.out.name,
         "sd_model_name": config.model,
         "seed": run.seed,
-        "max_train_steps": run.steps,
+        "steps": updates,
+        "max_train_steps": max(run.steps, updates),
         "total_batch_size": run.batch_size,
         "num_train_images": samples,
         "learning_rate": optimiser.lr,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
@@ -38,8 +39,9 @@ class Objective(Protocol):
         """
         ...
 
-    def export(self, folder: Path) -> None:
-        """Write the trained model (the moving average is in place) in Diffusers layout."""
+    def export(self, folder: Path, updates: int) -> None:
+        """Write the trained model (the moving average is in place) in Diffusers layout; `updates`
+        is how many made it, for its card."""
         ...
 
 
@@ -49,6 +51,16 @@ class Drawing(Protocol):
 
     def picture(self) -> PIL.Image.Image | None:
         """One picture of the state of things, or None; only the first process is asked."""
+        ...
+
+
+@runtime_checkable
+class Stoppable(Protocol):
+    """An objective whose validation takes long: it looks in between whether the run is to stop."""
+
+    def heed(self, stop: Sequence[int]) -> None:
+        """Be shown what a signal fills. Then `validate` may end early in this process, though not
+        without its collectives; its answer is thrown away, and it is asked again another time."""
         ...
 
 

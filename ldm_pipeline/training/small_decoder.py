@@ -156,7 +156,7 @@ class SmallDecoderObjective(nn.Module):
         own, full = (float(torch.cat(each).mean()) for each in (small_psnr, large_psnr))
         return {"loss": -own, "psnr": own, "psnr_of_the_large_one": full}
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, updates: int) -> None:
         """Write the small autoencoder in Diffusers layout, in 16 bits."""
         half = AutoencoderTiny.from_config(self.small.config)
         half.load_state_dict(self.small.state_dict())

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import os
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import ModelMixin, UNet2DConditionModel
 from diffusers.models.attention_processor import AttnProcessor
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
+from transformers import PreTrainedModel
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora import files
 from ldm_pipeline.lora.inject import Adapter
 from ldm_pipeline.processes.ranks import launched
+from ldm_pipeline.training.config import RunSettings
+
+log = logging.getLogger(__name__)
 
 SMALL_GRID = 32
 """Places along each side; of 64 the matrix takes 268 MB in each attention of Stable Diffusion."""
@@ -100,6 +106,23 @@ def precision(asked: str, device: str | None = None) -> str:
     return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "no"
 
 
+def warn_of_accelerate(run: RunSettings) -> None:
+    """Say in one line what `accelerate launch` was asked for that `run` decides otherwise.
+
+    "no" and 1 are what it sets where nobody asks.
+    """
+    odd = []
+    for flag, name, ours in (
+        ("mixed_precision", "mixed_precision", precision(run.mixed_precision)),
+        ("gradient_accumulation_steps", "accumulation", str(run.accumulation)),
+    ):
+        asked = os.environ.get(f"ACCELERATE_{flag.upper()}", "no").lower()
+        if asked not in ("no", "1", "auto", ours):
+            odd.append(f"--{flag} {asked} has no effect, run.{name} counts: {ours}")
+    if odd:
+        log.warning("accelerate's %s", "; ".join(odd))
+
+
 def attend_quickly(unet: UNet2DConditionModel, precision: str, device: str) -> None:
     """Let a UNet that is trained attend in the way whose backward pass is quickest there.
 
@@ -110,6 +133,19 @@ def attend_quickly(unet: UNet2DConditionModel, precision: str, device: str) -> N
     small = (unet.config.sample_size or SMALL_GRID) <= SMALL_GRID
     if precision == "bf16" and device == "cpu" and small:
         unet.set_attn_processor(AttnProcessor())
+
+
+def recompute(*networks: nn.Module) -> None:
+    """Let networks of diffusers and transformers that are trained compute their layers again in the
+    backward pass, and not keep what those say."""
+    for network in networks:
+        if isinstance(network, ModelMixin):
+            network.enable_gradient_checkpointing()
+        else:
+            assert isinstance(network, PreTrainedModel)
+            # Later versions of transformers 5 call it otherwise, and warn of the earlier name.
+            earlier = network.gradient_checkpointing_enable
+            getattr(network, "activation_checkpointing_enable", earlier)({"use_reentrant": False})
 
 
 def compiled(module: nn.Module) -> Any:

@@ -61,7 +61,8 @@ def build_optimiser(
 ) -> torch.optim.Optimizer:
     """The optimiser that `settings` name; weight decay on matrices and filters, not on biases.
 
-    AdamW is one fused kernel. Raises `UserError` where the library of another kind is missing.
+    AdamW is one fused kernel. Raises `UserError` where the library of another kind is missing, and
+    for settings that a kind has no use for.
     """
     matrices = {name: p for name, p in trained.items() if p.ndim > 1}
     groups: list[dict[str, Any]] = [
@@ -76,6 +77,14 @@ def build_optimiser(
         tables = {id(p) for name, p in matrices.items() if "embedding" in name}
         return Muon(groups, lr=lr, betas=betas, eps=eps, tables=tables)
     if settings.kind == "adafactor":
+        for name in ("betas", "eps"):
+            default, asked = OptimiserSettings.model_fields[name].default, getattr(settings, name)
+            if asked != default:  # config.yaml, too, names the defaults
+                told = list(asked) if isinstance(asked, tuple) else asked
+                raise UserError(
+                    f"optimiser.{name}={told} has no meaning with optimiser.kind=adafactor, which "
+                    "has its own; leave it out"
+                )
         return torch.optim.Adafactor(groups, lr=lr)
     try:
         if settings.kind == "prodigy":

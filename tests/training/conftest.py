@@ -76,7 +76,7 @@ def autoencoder_folder(
 ) -> Path:
     """An untrained autoencoder, exported."""
     folder = tmp_path_factory.mktemp("autoencoder")
-    AutoencoderObjective(autoencoder_config).export(folder)
+    AutoencoderObjective(autoencoder_config).export(folder, 0)
     return folder
 
 
@@ -108,5 +108,5 @@ def clip_objective() -> ClipObjective:
 def text_folder(tmp_path_factory: pytest.TempPathFactory, clip_objective: ClipObjective) -> Path:
     """The untrained text encoder and its tokenizer, exported."""
     folder = tmp_path_factory.mktemp("clip")
-    clip_objective.export(folder)
+    clip_objective.export(folder, 0)
     return folder

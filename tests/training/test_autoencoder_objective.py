@@ -146,7 +146,7 @@ def test_measures_repeat_and_the_export_has_unit_latents(
 ) -> None:
     """Validation draws fixed noise: exports after a resume and without a stop are the same."""
     assert objective.validate() == objective.validate()
-    objective.export(tmp_path)
+    objective.export(tmp_path, 0)
     vae = AutoencoderKL.from_pretrained(tmp_path)
     with torch.no_grad():
         z = vae.encode(fresh_pictures(16)).latent_dist.sample(torch.Generator().manual_seed(5))

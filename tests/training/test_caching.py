@@ -123,6 +123,16 @@ def test_regularisation_of_which_nothing_is_left_is_refused(
         cached_latents(data, tiny()["vae"], ALONE)
 
 
+def test_a_source_that_is_its_own_regularisation_must_keep_pictures_of_its_own(
+    pictures: Path,
+) -> None:
+    """What is held out is left to the regularisation alone: nothing is left to train on."""
+    data = looked_at(pictures, regularisation=str(pictures), held_out=0.5)
+    with pytest.raises(UserError, match=f"{pictures} has no picture that can be trained on"):
+        data.leave_out({sample.key for sample in data.samples})
+    assert data.kept
+
+
 def filled(data: Captioned, vae: Any, share: Share) -> Cache:
     """One process's part."""
     return cached_latents(data, vae, share)

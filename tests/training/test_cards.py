@@ -17,7 +17,8 @@ TOLD = {"run": {"out": "runs/a"}, "model": "a/model", "data": {"source": "pictur
 @pytest.mark.parametrize("kind", [OneEncoder, TwoEncoders])
 def test_a_card_says_how_to_draw_here_and_in_stock(kind: type) -> None:
     config = LoraConfig.model_validate(TOLD)
-    card = model_card(config, "a/model", 5, False, kind.tag)  # type: ignore[attr-defined]
+    card = model_card(config, "a/model", 5, 7, False, kind.tag)  # type: ignore[attr-defined]
+    assert "Trained on 5 captioned pictures: 7 updates of 64 samples each." in card
     assert 'ldm generate "…" --model a/model --lora pytorch_lora_weights.safetensors' in card
     assert 'pipeline.load_lora_weights("pytorch_lora_weights.safetensors")' in card
     few = LcmConfig.model_validate(TOLD)

@@ -195,7 +195,7 @@ def exported(config: TrainingConfig) -> list[str]:
     folder = Path("exported")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    objective(config).export(folder)
+    objective(config).export(folder, 0)
     return sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*"))
 
 
@@ -610,7 +610,7 @@ def models(place: Path, _inside: None) -> None:
     another = AutoencoderObjective(config_of(AutoencoderConfig, SEEDED))
     another.vae.save_pretrained(place / "another autoencoder")
     another_small = SmallDecoderObjective(config_of(SmallDecoderConfig, SEEDED))
-    another_small.export(place / "small decoder")
+    another_small.export(place / "small decoder", 0)
     shutil.copytree(place / "text", place / "another text")
     encoder = CLIPTextModel.from_pretrained(place / "text" / "text_encoder")
     with torch.no_grad():

@@ -123,7 +123,7 @@ def test_it_goes_on_from_what_was_exported(
 ) -> None:
     """Weights come back as they were written, in 16 bits, and are trained in 32; another run's seed
     changes nothing."""
-    built.export(tmp_path)
+    built.export(tmp_path, 0)
     run = built.config.run.model_copy(update={"seed": 1})
     config = built.config.model_copy(update={"begin_from": tmp_path, "text": tmp_path, "run": run})
     monkeypatch.setattr(LatentDiffusionObjective, "_cached", lambda _: (built.mean, built.std))
@@ -155,7 +155,7 @@ def test_the_export_draws_in_stock_and_in_ours(
     built: LatentDiffusionObjective, tmp_path: Path
 ) -> None:
     """The same picture, from weights that are the objective's, rounded to 16 bits."""
-    built.export(tmp_path)
+    built.export(tmp_path, 0)
     pictures = []
     for pipe in (StableDiffusionPipeline.from_pretrained(tmp_path), load(tmp_path)):
         pipe.to(torch.float32)

@@ -218,8 +218,8 @@ def test_a_full_disk_ends_in_one_line_and_costs_nothing_that_was_written(
         path.write_bytes(b"half")
         raise SafetensorError("No space left on device")
 
-    def half_exported(self: Toy, folder: Path) -> None:
-        Toy.export(self, folder)
+    def half_exported(self: Toy, folder: Path, updates: int) -> None:
+        Toy.export(self, folder, updates)
         if at in folder.name:
             (folder / "toy.safetensors").write_bytes(b"half")
             raise NO_SPACE
@@ -334,10 +334,10 @@ class Full(Toy):
         """None is drawn."""
         self._enter("picture")
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, updates: int) -> None:
         """The toy's."""
         self._enter("export")
-        super().export(folder)
+        super().export(folder, updates)
 
 
 @pytest.mark.parametrize(

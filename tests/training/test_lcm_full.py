@@ -112,7 +112,7 @@ def test_stock_diffusers_and_ours_draw_what_was_distilled(folder: Path) -> None:
         for value in objective.student.parameters():
             value.add_(0.05 * torch.randn(value.shape, generator=generator))
     final = folder.parent / "out"
-    objective.export(final)
+    objective.export(final, 0)
     assert (final / "pictures.png").is_file()
     stock, ours = DiffusionPipeline.from_pretrained(final, **FLOAT), ldm_pipeline.load(final)
     assert type(stock) is LatentConsistencyModelPipeline
@@ -134,7 +134,7 @@ def test_stock_diffusers_and_ours_draw_what_was_distilled(folder: Path) -> None:
 def test_sdxl_s_folder_is_opened_by_both(folder: Path) -> None:
     config = config_of(folder, "xl")
     objective = built(config)
-    objective.export(folder.parent / "out")
+    objective.export(folder.parent / "out", 0)
     place = folder.parent / "out"
     stock = StableDiffusionXLPipeline.from_pretrained(place, add_watermarker=False, **FLOAT)
     ours = ldm_pipeline.load(place)

@@ -326,7 +326,7 @@ def test_every_format_draws_what_was_trained(folder: Path, opened: Counted, tiny
     with torch.no_grad():
         for parameter in objective.adapter.parameters.values():
             parameter.add_(0.1 * torch.randn(parameter.shape))
-    objective.export(folder.parent / "out")
+    objective.export(folder.parent / "out", 5)
     parts = {**copy.deepcopy(tiny()), **objective.adapter.models}
     trained = drawn(StableDiffusionPipeline(**parts, requires_safety_checker=False))
     for name in ("pytorch_lora_weights.safetensors", "kohya.safetensors", "peft"):
@@ -338,7 +338,8 @@ def test_every_format_draws_what_was_trained(folder: Path, opened: Counted, tiny
             stock.load_lora_weights(place)
         assert (drawn(stock) - trained).abs().max() <= 1e-6, name
     texts = inspect(folder.parent / "out" / "kohya.safetensors").texts
-    assert (texts["ss_max_train_steps"], texts["ss_base_model_version"]) == ("6", "sd_v1")
+    assert (texts["ss_steps"], texts["ss_max_train_steps"]) == ("5", "6")
+    assert texts["ss_base_model_version"] == "sd_v1"
     assert float(texts["ss_learning_rate"]) == 1e-2
 
 
@@ -483,13 +484,24 @@ def test_pictures_show_the_prompts_without_and_with_the_adapter(
 
 
 def test_checkpointing_gradients_changes_no_gradient(folder: Path, opened: Counted) -> None:
-    gradients = []
+    """Neither the UNet's nor the text encoder's, whose layers are both gone through twice."""
+    gradients, passes = [], list[str]()
     for on in (False, True):
-        config = config_of(folder).model_copy(update={"gradient_checkpointing": on})
+        told = {"lora": {"text_encoder": True}, "data": {"fixed": True}}
+        config = config_of(folder, **told).model_copy(update={"gradient_checkpointing": on})
         objective = LoraObjective(config, opened)
         nn.Module.train(objective)
+        passes[:] = []
+        encoder: Any = objective.text_encoder
+        for name, part in (
+            ("unet", objective.unet.up_blocks[0].resnets[0]),
+            ("text", next(m for n, m in encoder.named_modules() if n.endswith("layers.0.mlp"))),
+        ):
+            part.register_forward_pre_hook(lambda *_, name=name: passes.append(name))
         objective(objective.batch(range(4)))["loss"].backward()
+        assert sorted(passes) == (["text"] * 2 + ["unet"] * 2 if on else ["text", "unet"])
         gradients.append({n: p.grad for n, p in objective.adapter.parameters.items()})
+    assert any(name.startswith("text_encoder") for name in gradients[0])
     for name, gradient in gradients[0].items():
         other = gradients[1][name]
         assert gradient is not None

@@ -136,3 +136,15 @@ def test_a_missing_library_is_named(
     asked = OptimiserSettings.model_validate({"kind": kind, "ema_decay": 0})
     with pytest.raises(UserError, match=rf"kind='{kind}' needs pip install"):
         build_optimiser(dict(nn.Linear(2, 2).named_parameters()), asked)
+
+
+@pytest.mark.parametrize(("name", "value"), [("betas", (0.5, 0.6)), ("eps", 1e-6)])
+def test_what_adafactor_has_no_use_for_is_refused(name: str, value: Any, tmp_path: Path) -> None:
+    """Before anything is written; the defaults, which config.yaml names, are not."""
+    config = told(tmp_path, "adafactor", steps=1)
+    asked = config.optimiser.model_copy(update={name: value})
+    with pytest.raises(UserError, match=rf"optimiser\.{name}=.* with optimiser\.kind=adafactor"):
+        fit(Toy(config), config.model_copy(update={"optimiser": asked}))
+    assert list(tmp_path.iterdir()) == []
+    told_again = OptimiserSettings.model_validate(config.optimiser.model_dump())
+    build_optimiser(dict(nn.Linear(2, 2).named_parameters()), told_again)

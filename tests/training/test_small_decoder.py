@@ -77,7 +77,7 @@ def test_the_export_opens_in_stock_and_decodes_the_same(
     objective: SmallDecoderObjective, tmp_path: Path
 ) -> None:
     """Within what 16 bits keep of the weights."""
-    objective.export(tmp_path)
+    objective.export(tmp_path, 0)
     small = AutoencoderTiny.from_pretrained(tmp_path)
     z = torch.randn(1, 4, 4, 4, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():

@@ -12,8 +12,10 @@ from torch import nn
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.training.config import TrainingConfig
+from ldm_pipeline.training.engine import fit
 from ldm_pipeline.training.start import NAMES, attend_quickly, precision, take_weights
 from tests.conftest import build
+from tests.training.toy import Toy, settings
 
 
 def saved(folder: Path, name: str = NAMES[0], dtype: torch.dtype = torch.float16) -> nn.Linear:
@@ -99,3 +101,34 @@ def test_attention_is_plain_where_that_is_quicker_and_says_the_same(
     kinds = {type(processor) for processor in unet.attn_processors.values()}
     assert kinds == {AttnProcessor if plain else AttnProcessor2_0}
     assert torch.allclose(before, after, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("asked", "accumulation", "said"),
+    [
+        ({}, 1, None),
+        ({"MIXED_PRECISION": "no", "GRADIENT_ACCUMULATION_STEPS": "1"}, 2, None),
+        ({"MIXED_PRECISION": "no", "GRADIENT_ACCUMULATION_STEPS": "2"}, 2, None),
+        (
+            {"MIXED_PRECISION": "bf16", "GRADIENT_ACCUMULATION_STEPS": "4"},
+            2,
+            "accelerate's --mixed_precision bf16 has no effect, run.mixed_precision counts: no; "
+            "--gradient_accumulation_steps 4 has no effect, run.accumulation counts: 2",
+        ),
+    ],
+)
+def test_what_accelerate_is_asked_for_in_vain_is_said_once(
+    asked: dict[str, str],
+    accumulation: int,
+    said: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its launcher says "no" and 1 where nobody asks: that is no wish."""
+    for name, value in asked.items():
+        monkeypatch.setenv(f"ACCELERATE_{name}", value)
+    config = settings(tmp_path, steps=1, accumulation=accumulation)
+    fit(Toy(config), config)
+    lines = [m for m in caplog.messages if m.startswith("accelerate's")]
+    assert lines == ([] if said is None else [said])

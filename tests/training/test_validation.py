@@ -66,6 +66,21 @@ def test_validation_is_capped_and_batched(folder: Path) -> None:
         assert sum(n < full for n in objective.asked) <= 3
 
 
+def test_a_stop_is_heeded_between_two_batches(folder: Path) -> None:
+    """One that comes in the first: no other is asked for."""
+
+    class Stopped(Watched):
+        def _errors(self, group: dict[str, Tensor]) -> Tensor:
+            stop.append(15)
+            return super()._errors(group)
+
+    stop: list[int] = []
+    objective = Stopped(watched(folder).config)
+    objective.heed(stop)
+    objective.validate()
+    assert len(objective.asked) == 1
+
+
 def test_what_does_not_fit_is_measured_in_halves(folder: Path) -> None:
     """A run that had to cut its steps says the same; a single sample that does not fit ends it."""
 

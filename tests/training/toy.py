@@ -54,7 +54,7 @@ class Toy(nn.Module):
             x = noise_of(range(10**6, 10**6 + 8), (4,), self.seed)
             return {"error": float(self({"x": x, "y": x.sum(dim=1).sin()})["error"])}
 
-    def export(self, folder: Path) -> None:
+    def export(self, folder: Path, updates: int) -> None:
         """All weights in one file."""
         folder.mkdir(parents=True, exist_ok=True)
         save_file(self.state_dict(), folder / "toy.safetensors")
