@@ -503,7 +503,7 @@ def test_a_closed_guard_leaves_everything_as_it_was() -> None:
 class Full(Toy):
     """A toy whose memory holds two samples in training and no more."""
 
-    error: Exception
+    error: Exception = torch.OutOfMemoryError("out of memory")
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The toy's losses."""

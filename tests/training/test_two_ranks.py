@@ -220,7 +220,7 @@ def test_memory_that_one_process_lacks_halves_the_pieces_of_both(tmp_path: Path)
         assert codes == [0, 0], said
         newest = checkpoint.newest(tmp_path / name / "checkpoints")
         assert newest is not None
-        assert checkpoint.load(newest)[1]["accumulation"] == 4
+        assert checkpoint.load(newest)[1]["pieces"] == 4
     assert_same(tmp_path / "found", tmp_path / "asked")
 
 
