@@ -7,9 +7,10 @@ Legend
     s        the learnt inverse temperature
 
 Each picture picks its caption among all B (1 + K), each caption its picture among all B
-(2103.00020, figure 3; hard negatives as in 2210.01936). Beside it a linear head on the vision
-tower's patches may name what is where (`training.layout`): a tower that knows the things by sight
-has only to learn their words.
+(2103.00020, figure 3; hard negatives as in 2210.01936). Two tasks beside it may name what is where
+(`training.layout`): a linear head on the vision tower's patches, so that the tower knows the things
+by sight; and one head for both towers' vectors, so that a vector holds all of a picture or caption,
+and the same in the same way.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ from ldm_pipeline.training.config import (
     TrainingConfig,
     must_divide,
 )
-from ldm_pipeline.training.layout import FINE, LayoutHead, labels_of
+from ldm_pipeline.training.layout import FINE, LayoutHead, WordsHead, labels_of
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.start import part_of, take_weights
 from ldm_pipeline.training.tokenizer import train_tokenizer
@@ -82,6 +83,9 @@ class ClipConfig(TrainingConfig):
     layout_weight: NonNegativeFloat = Field(
         default=0.0, description="of naming what is where, a task beside the contrastive one"
     )
+    vectors_weight: NonNegativeFloat = Field(
+        default=0.0, description="of naming it from the vector of a picture or caption alone"
+    )
 
     def settled(self) -> Collection[str]:
         """The tokenizer is made of captions of this world: which number stands for which word."""
@@ -103,6 +107,9 @@ class ClipObjective(nn.Module):
         self.layout: LayoutHead | None = None
         if config.layout_weight:
             self.layout = LayoutHead(config.model.vision_width)
+        self.vectors: WordsHead | None = None
+        if config.vectors_weight:
+            self.vectors = WordsHead(config.model.projection, side=self.grid)
         if config.text is not None:
             self._take_text(config.text / "text_encoder")
         if config.begin_from is not None:
@@ -113,7 +120,7 @@ class ClipObjective(nn.Module):
         pictures, captions, labels = [], [], []
         for position in positions:
             sample = self.world[position]
-            if self.layout is not None:
+            if self.layout is not None or self.vectors is not None:
                 labels.append(labels_of(sample.scene, FINE * self.grid))
             rng = np.random.default_rng([self.config.run.seed, 1, position])
             pictures.append(sample.picture)
@@ -146,11 +153,16 @@ class ClipObjective(nn.Module):
             "picks_caption": (by_picture.argmax(1) == wanted).float().mean(),
             "beats_hard": (own.argmax(1) == 0).float().mean(),
         }
-        if self.layout is None or "labels" not in batch:
+        if "labels" not in batch:
             return {"loss": loss, **measures}
-        layout = self.layout(patches, batch["labels"])
-        loss = loss + self.config.layout_weight * layout
-        return {"loss": loss, "layout": layout, **measures}
+        if self.layout is not None:
+            measures["layout"] = self.layout(patches, batch["labels"])
+            loss = loss + self.config.layout_weight * measures["layout"]
+        if self.vectors is not None:
+            seen, read = (self._told(vectors, batch["labels"]) for vectors in (pictures, true))
+            measures |= {"picture_layout": seen, "caption_layout": read}
+            loss = loss + self.config.vectors_weight * (seen + read)
+        return {"loss": loss, **measures}
 
     def see(self, pictures: Tensor) -> tuple[Tensor, Tensor]:
         """Of pictures [B, 3, 128, 128] the unit vectors [B, P], in float32, and the features of
@@ -159,6 +171,12 @@ class ClipObjective(nn.Module):
         vectors = F.normalize(self.clip.visual_projection(told.pooler_output).float(), dim=-1)
         patches = told.last_hidden_state[:, 1:].transpose(1, 2)
         return vectors, patches.unflatten(2, (self.grid, self.grid))
+
+    def _told(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        """The loss of naming what is where from unit vectors [B, P]."""
+        assert self.vectors is not None
+        one_word = vectors[:, None] * vectors.shape[-1] ** 0.5  # of variance 1, as embeddings are
+        return self.vectors(one_word, labels)
 
     def read(self, tokens: Tensor) -> Tensor:
         """Unit vectors of captions [N, L], [N, P] in float32."""

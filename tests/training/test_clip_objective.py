@@ -130,3 +130,27 @@ def test_a_run_begins_from_what_another_left(
 def test_eight_pairs_are_learnt(objective: ClipObjective) -> None:
     losses = laws.losses_of_one_batch(objective, n=8, lr=1e-2)
     assert losses[-1] < 0.8 * losses[0]
+
+
+def test_one_head_reads_both_towers(
+    clip_objective: ClipObjective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a vector says of the layout teaches the tower that it is of, and no other."""
+    monkeypatch.setattr(clip, "World", SmallWorld)
+    told = ClipObjective(clip_objective.config.model_copy(update={"vectors_weight": 0.5}))
+    laws.everything_trained_has_a_gradient(told)
+    batch = told.batch(range(8))
+    plain = clip_objective(batch)
+    losses = told(batch)
+    towers = {
+        "picture_layout": told.clip.visual_projection.weight,
+        "caption_layout": told.clip.text_projection.weight,
+    }
+    for name in towers:
+        graph = torch.autograd.grad(
+            losses[name], list(towers.values()), retain_graph=True, allow_unused=True
+        )
+        taught = [g is not None and bool(g.any()) for g in graph]
+        assert taught == [name == other for other in towers]
+    added = 0.5 * (losses["picture_layout"] + losses["caption_layout"])
+    assert torch.allclose(losses["loss"], plain["loss"] + added)

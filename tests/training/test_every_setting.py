@@ -489,6 +489,7 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "text": Change(trained, "another text"),
         "hard_negatives": Change(batch, 1),
         "layout_weight": Change(loss, 0.5),
+        "vectors_weight": Change(loss, 0.5),
     },
     LatentDiffusionConfig: {
         "run.seed": Change(batch, 1),
