@@ -309,12 +309,15 @@ def test_folders_go_both_ways(xl: dict[str, Any], tmp_path: Path) -> None:
     assert contents["_class_name"] == "StableDiffusionXLPipeline"
     stock = DiffusionPipeline.from_pretrained(tmp_path)
     assert type(stock) is StableDiffusionXLPipeline
+    again = []
     for pipe in (
         LatentDiffusionXLPipeline.from_pretrained(tmp_path),
         LatentDiffusionXLPipeline.from_pipe(stock),
     ):
         pipe.set_progress_bar_config(disable=True)
-        again = pipe("a red star", num_inference_steps=2, seed=1, output_type="latent").images
-        assert torch.equal(again, expected)
+        again += [pipe("a red star", num_inference_steps=2, seed=1, output_type="latent").images]
+    assert torch.equal(*again)
+    # Weights mapped from a file start at any byte, and some processors sum those in another order.
+    torch.testing.assert_close(again[0], expected, atol=2e-5, rtol=0.0)
     assert set(ours.components) == set(stock.components)
     assert StableDiffusionXLPipeline.from_pipe(ours).unet is ours.unet
