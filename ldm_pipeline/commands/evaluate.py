@@ -12,8 +12,14 @@ from ldm_pipeline.commands.generate import (
     pick_device,
 )
 from ldm_pipeline.commands.outputs import check_folder
-from ldm_pipeline.commands.sources import find, find_decoder, open_pipeline
-from ldm_pipeline.commands.steps import add_step_arguments, check_eta, check_lcm, settle_steps
+from ldm_pipeline.commands.sources import find, find_decoder, open_pipeline, scheduler_config
+from ldm_pipeline.commands.steps import (
+    add_step_arguments,
+    check_eta,
+    check_lcm,
+    check_steps,
+    settle_steps,
+)
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.request import Request
 
@@ -53,7 +59,8 @@ def run(args: argparse.Namespace) -> None:
     if args.out is not None:
         check_folder(args.out)
     source = find(args.model)
-    check_lcm(args.lcm, source)
+    note = check_lcm(args.lcm, source)
+    check_steps(args.steps, args.sampler, note, scheduler_config(source))
     decoder = find_decoder(args.decoder, source)
 
     device, dtype = pick_device(args.device, args.dtype)

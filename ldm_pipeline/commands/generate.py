@@ -24,8 +24,21 @@ from ldm_pipeline.commands.adapters import read_loras
 from ldm_pipeline.commands.digests import digests_of
 from ldm_pipeline.commands.flags import in_flags
 from ldm_pipeline.commands.outputs import check_picture
-from ldm_pipeline.commands.sources import BUNDLED, Source, find, find_decoder, open_pipeline
-from ldm_pipeline.commands.steps import add_step_arguments, check_eta, check_lcm, settle_steps
+from ldm_pipeline.commands.sources import (
+    BUNDLED,
+    Source,
+    find,
+    find_decoder,
+    open_pipeline,
+    scheduler_config,
+)
+from ldm_pipeline.commands.steps import (
+    add_step_arguments,
+    check_eta,
+    check_lcm,
+    check_steps,
+    settle_steps,
+)
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.memory import Memory
 from ldm_pipeline.metadata import Recipe, installed_versions
@@ -135,7 +148,8 @@ def run(args: argparse.Namespace) -> None:
     given = pictures.read(args)
     jobs = plan(args, prompts, seed)
     source = find(args.model)
-    check_lcm(args.lcm, source)
+    note = check_lcm(args.lcm, source)
+    check_steps(args.steps, args.sampler, note, scheduler_config(source))
     decoder = find_decoder(args.decoder, source)
     say: Say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
     if source.bundled:
