@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ldm_pipeline.commands.flags import in_flags
 from ldm_pipeline.commands.generate import (
+    SMALLER_MODEL,
     add_model_arguments,
     check_place,
     pick_device,
@@ -22,6 +23,7 @@ from ldm_pipeline.commands.steps import (
 )
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.request import Request
+from ldm_pipeline.too_large import in_memory
 
 PURPOSE = "measure how well a model draws the picture world, with 95 % intervals"
 
@@ -64,21 +66,23 @@ def run(args: argparse.Namespace) -> None:
     decoder = find_decoder(args.decoder, source)
 
     device, dtype = pick_device(args.device, args.dtype)
-    pipeline = open_pipeline(source, device, dtype, decoder)
+    with in_memory("while the model was opened", SMALLER_MODEL):
+        pipeline = open_pipeline(source, device, dtype, decoder)
 
     from ldm_pipeline.evaluation.report import evaluate
 
-    report = evaluate(
-        pipeline,
-        prompts=args.prompts,
-        seed=args.seed,
-        steps=args.steps,
-        guidance=args.guidance,
-        lcm=args.lcm,
-        sampler=args.sampler,
-        eta=args.eta,
-        decoder=args.decoder,
-        batch_size=args.batch_size,
-        out=args.out,
-    )
+    with in_memory("while pictures were drawn", "try a smaller --batch-size, or --dtype bfloat16"):
+        report = evaluate(
+            pipeline,
+            prompts=args.prompts,
+            seed=args.seed,
+            steps=args.steps,
+            guidance=args.guidance,
+            lcm=args.lcm,
+            sampler=args.sampler,
+            eta=args.eta,
+            decoder=args.decoder,
+            batch_size=args.batch_size,
+            out=args.out,
+        )
     print(report)
