@@ -17,6 +17,7 @@ from typing import NoReturn, cast
 
 from ldm_pipeline.commands import Command
 from ldm_pipeline.errors import UserError, nearest, suggestion
+from ldm_pipeline.too_large import is_out_of_memory
 
 COMMANDS = ("generate", "show", "info", "convert", "evaluate", "dataset", "lora")
 
@@ -99,6 +100,11 @@ def ended(name: str, act: Callable[[], None]) -> int:
         sys.stdout.flush()
     except UserError as error:
         print(f"{name}: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except (MemoryError, RuntimeError) as error:  # what no command has better advice for
+        if not is_out_of_memory(error):
+            raise
+        print(f"{name}: out of memory: free some, or take smaller files", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)

@@ -34,6 +34,7 @@ from ldm_pipeline.stock_arguments import (
     heard,
     of_a_file,
 )
+from ldm_pipeline.too_large import is_out_of_memory
 from ldm_pipeline.values import DTYPES, check_path
 
 Dtypes = torch.dtype | str | Mapping[str, torch.dtype | str]
@@ -149,6 +150,8 @@ class FolderPipeline(DiffusionPipeline):
         except UserError:
             raise
         except Exception as error:  # a damaged folder can break the libraries' readers in any way
+            if is_out_of_memory(error):
+                raise
             known = isinstance(error, OSError | ValueError)
             reason = " ".join(f"{'' if known else type(error).__name__ + ': '}{error}".split())
             raise UserError(f"{source} cannot be loaded: {reason[:600]}") from error

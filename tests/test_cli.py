@@ -21,7 +21,7 @@ import pytest
 from PIL import Image
 
 from ldm_pipeline.cli import COMMANDS, main
-from ldm_pipeline.commands import adapters, dataset, evaluate, generate, lora
+from ldm_pipeline.commands import adapters, dataset, evaluate, generate, info, lora
 from ldm_pipeline.commands.kinds import REQUIRED
 from ldm_pipeline.grid import captioned_grid
 from ldm_pipeline.metadata import Recipe
@@ -64,6 +64,10 @@ REFUSED = {
     "generate x --steps 0": "--steps=0",
     "generate x --steps -1": "--steps=-1",
     "generate x --steps many": "--steps",
+    "generate x --steps 1001": "--steps=1001 must lie between 1 and 1000",
+    "generate x --lcm --steps 51": "--steps=51 must lie between 1 and 50",
+    "generate x --sampler tcd --steps 51": "--steps=51 must lie between 1 and 50",
+    "evaluate --steps 1001": "--steps=1001 must lie between 1 and 1000",
     "generate x --guidance nan": "--guidance=nan",
     "generate x --guidance inf": "--guidance=inf",
     "generate x --eta 0.5": "--sampler ddim or --sampler tcd",
@@ -193,6 +197,43 @@ def test_an_interrupt_is_130_without_a_traceback(ldm: Ldm, monkeypatch: pytest.M
     code, _, err = ldm("generate", "x")
     assert code == 130
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("size", [2**50, None], ids=["torch", "python"])
+@pytest.mark.parametrize(
+    "words, place, advice",
+    [
+        ("generate x", "draw", "while a picture was drawn: try a smaller --height"),
+        ("generate x", "open", "while the model was opened: try --dtype bfloat16"),
+        ("evaluate --prompts 2", "draw", "while pictures were drawn: try a smaller --batch-size"),
+        ("evaluate --prompts 2", "open", "while the model was opened: try --dtype bfloat16"),
+        ("info", "info", "free some"),
+    ],
+)
+def test_too_little_memory_of_the_computer_is_one_line(
+    words: str, place: str, advice: str, size: int | None, ldm: Ldm, model: Path, monkeypatch: Any
+) -> None:
+    """torch says so by a plain RuntimeError on a CPU, Python by a MemoryError."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    from ldm_pipeline import LatentDiffusionPipeline
+
+    def too_large(*_: object, **__: object) -> None:
+        if size is None:
+            raise MemoryError
+        torch.empty(size)
+
+    places: dict[str, tuple[Any, str]] = {
+        "draw": (LatentDiffusionPipeline, "__call__"),
+        "open": (DiffusionPipeline, "from_pretrained"),
+        "info": (info, "list_components"),
+    }
+    monkeypatch.setattr(*places[place], too_large)
+    code, out, err = ldm(*words.split(), *([] if place == "info" else ["--model", str(model)]))
+    assert (code, out) == (2, "")
+    assert err.splitlines()[-1].startswith("ldm: out of memory")
+    assert advice in err.splitlines()[-1]
 
 
 def redraw(ldm: Ldm, picture: Path, elsewhere: Path) -> bytes:

@@ -15,8 +15,9 @@ from PIL import Image
 
 import ldm_pipeline
 from ldm_pipeline import LatentDiffusionPipeline, LatentDiffusionXLPipeline
-from ldm_pipeline.commands import evaluate
+from ldm_pipeline.commands import evaluate, generate
 from tests.conftest import tiny_scheduler
+from tests.models.original.models import pipeline as original
 from tests.parity.pairs import mask, picture
 from tests.parity.test_stable_diffusion_xl import refiner_unet
 from tests.test_cli import Ldm, ldm
@@ -71,6 +72,35 @@ def test_the_command_draws_what_the_pipeline_does(
     (wanted,) = pipe("a red star", num_inference_steps=3, seed=5, **opened).images
     with Image.open("b.png") as found:
         assert np.array_equal(np.asarray(found), np.asarray(wanted))
+
+
+@pytest.mark.parametrize("form", ["model", "model.safetensors"])
+@pytest.mark.parametrize(
+    "scheduler, most",
+    [
+        (tiny_scheduler(num_train_timesteps=20), 20),
+        (tiny_scheduler(trained_betas=[0.01] * 30), 30),
+        (LCMScheduler(original_inference_steps=40), 40),
+    ],
+)
+def test_more_steps_than_the_model_has_levels_are_refused_before_it_loads(
+    scheduler: Any, most: int, form: str, ldm: Ldm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By what its scheduler says of itself, in a folder and in a file of ours."""
+
+    def loaded(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(generate, "pick_device", loaded)
+    pipe = original("sd1")
+    pipe.scheduler = scheduler
+    pipe.save_pretrained("model")
+    assert ldm("convert", "model", "model.safetensors")[0] == 0
+    told = ["generate", "x", "--model", form, "--steps"]
+    code, out, err = ldm(*told, str(most + 1))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"--steps={most + 1} must lie between 1 and {most}, the noise levels" in err
+    assert ldm(*told, str(most))[0] == 130, "it did not go on"
 
 
 def test_evaluate_measures_with_the_adapter_that_it_is_told(

@@ -33,8 +33,8 @@ from ldm_pipeline.commands.generate import (
     pick_device,
     warn_of_unknown_words,
 )
-from ldm_pipeline.commands.sources import Source, find, find_decoder
-from ldm_pipeline.commands.steps import check_lcm
+from ldm_pipeline.commands.sources import Source, find, find_decoder, scheduler_config
+from ldm_pipeline.commands.steps import check_lcm, check_steps
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.memory import Memory
 from ldm_pipeline.picture_files import FORMATS, check_fits, is_whole, save_picture
@@ -78,7 +78,9 @@ def run(args: argparse.Namespace) -> None:
     loras = read_loras(args.lora)
     memory = memory_flags.read(args)
     source = find(args.model)
-    check_lcm(args.lcm, source)
+    note, scheduler = check_lcm(args.lcm, source), scheduler_config(source)
+    for order in orders:
+        check_steps(order.args.steps, order.args.sampler, note, scheduler)
     find_decoder(args.decoder, source)
     check_writable(args.out, "--out")
 

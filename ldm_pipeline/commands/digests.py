@@ -7,12 +7,12 @@ package (`--lcm`, `--decoder small`) by the digest of the bundled model, of whic
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from ldm_pipeline.commands.hashing import of_bytes, of_file
 from ldm_pipeline.commands.sources import BUNDLED, Source
 from ldm_pipeline.lora.files import inspect
 from ldm_pipeline.lora.layouts.peft import CONFIG
@@ -22,16 +22,11 @@ from ldm_pipeline.models.small_decoder import SMALL
 from ldm_pipeline.models.trust import SAFE, components
 
 
-def of_bytes(contents: bytes) -> str:
-    """The SHA-256 of what was read, in hexadecimal."""
-    return hashlib.sha256(contents).hexdigest()
-
-
 def digests_of(
     source: Source, loras: Sequence[tuple[str, float]], lcm: bool | str, decoder: str | None
 ) -> dict[str, str]:
     """The digest of every adapter, of the decoder and of a model that is here, by the name it was
-    given. Every weight is read, which for a model of gigabytes takes seconds: once in a run."""
+    given. Every weight is read, which for a model of gigabytes takes seconds: once (`hashing`)."""
     found = {file: _of_lora(file) for file, _ in loras}
     if isinstance(lcm, str):
         found[lcm] = _of_lora(lcm)
@@ -110,10 +105,5 @@ def _of_model(name: str) -> str:
 def _of_files(files: Sequence[Path]) -> str:
     """The digest of a file or, of several, that of their digests, made side by side."""
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(_of_file, files))
+        digests = list(pool.map(of_file, files))
     return digests[0] if len(digests) == 1 else of_bytes("\n".join(digests).encode())
-
-
-def _of_file(path: Path) -> str:
-    with path.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()

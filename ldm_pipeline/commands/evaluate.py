@@ -7,15 +7,23 @@ from pathlib import Path
 
 from ldm_pipeline.commands.flags import in_flags
 from ldm_pipeline.commands.generate import (
+    SMALLER_MODEL,
     add_model_arguments,
     check_place,
     pick_device,
 )
 from ldm_pipeline.commands.outputs import check_folder
-from ldm_pipeline.commands.sources import find, find_decoder, open_pipeline
-from ldm_pipeline.commands.steps import add_step_arguments, check_eta, check_lcm, settle_steps
+from ldm_pipeline.commands.sources import find, find_decoder, open_pipeline, scheduler_config
+from ldm_pipeline.commands.steps import (
+    add_step_arguments,
+    check_eta,
+    check_lcm,
+    check_steps,
+    settle_steps,
+)
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.request import Request
+from ldm_pipeline.too_large import in_memory
 
 PURPOSE = "measure how well a model draws the picture world, with 95 % intervals"
 
@@ -53,25 +61,28 @@ def run(args: argparse.Namespace) -> None:
     if args.out is not None:
         check_folder(args.out)
     source = find(args.model)
-    check_lcm(args.lcm, source)
+    note = check_lcm(args.lcm, source)
+    check_steps(args.steps, args.sampler, note, scheduler_config(source))
     decoder = find_decoder(args.decoder, source)
 
     device, dtype = pick_device(args.device, args.dtype)
-    pipeline = open_pipeline(source, device, dtype, decoder)
+    with in_memory("while the model was opened", SMALLER_MODEL):
+        pipeline = open_pipeline(source, device, dtype, decoder)
 
     from ldm_pipeline.evaluation.report import evaluate
 
-    report = evaluate(
-        pipeline,
-        prompts=args.prompts,
-        seed=args.seed,
-        steps=args.steps,
-        guidance=args.guidance,
-        lcm=args.lcm,
-        sampler=args.sampler,
-        eta=args.eta,
-        decoder=args.decoder,
-        batch_size=args.batch_size,
-        out=args.out,
-    )
+    with in_memory("while pictures were drawn", "try a smaller --batch-size, or --dtype bfloat16"):
+        report = evaluate(
+            pipeline,
+            prompts=args.prompts,
+            seed=args.seed,
+            steps=args.steps,
+            guidance=args.guidance,
+            lcm=args.lcm,
+            sampler=args.sampler,
+            eta=args.eta,
+            decoder=args.decoder,
+            batch_size=args.batch_size,
+            out=args.out,
+        )
     print(report)

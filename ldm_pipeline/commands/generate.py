@@ -24,14 +24,28 @@ from ldm_pipeline.commands.adapters import read_loras
 from ldm_pipeline.commands.digests import digests_of
 from ldm_pipeline.commands.flags import in_flags
 from ldm_pipeline.commands.outputs import check_picture
-from ldm_pipeline.commands.sources import BUNDLED, Source, find, find_decoder, open_pipeline
-from ldm_pipeline.commands.steps import add_step_arguments, check_eta, check_lcm, settle_steps
+from ldm_pipeline.commands.sources import (
+    BUNDLED,
+    Source,
+    find,
+    find_decoder,
+    open_pipeline,
+    scheduler_config,
+)
+from ldm_pipeline.commands.steps import (
+    add_step_arguments,
+    check_eta,
+    check_lcm,
+    check_steps,
+    settle_steps,
+)
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.memory import Memory
 from ldm_pipeline.metadata import Recipe, installed_versions
 from ldm_pipeline.models.prompt_syntax import parse
 from ldm_pipeline.picture_files import check_fits, save_picture
 from ldm_pipeline.request import Request
+from ldm_pipeline.too_large import in_memory
 from ldm_pipeline.values import DTYPES
 
 if TYPE_CHECKING:
@@ -42,6 +56,14 @@ if TYPE_CHECKING:
 PURPOSE = "draw pictures from words"
 
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
+SMALLER_MODEL = (
+    "try --dtype bfloat16 (float16 on a GPU), --offload layers there, or a smaller model"
+)
+SMALLER = (
+    "try a smaller --height and --width, --tiling, --attention sliced, --dtype bfloat16 (float16 on"
+    " a GPU), or --offload layers there"
+)
+"""What to do where the memory does not suffice."""
 Say = Callable[[str], None]
 """Where progress goes: stderr, or nowhere."""
 
@@ -135,7 +157,8 @@ def run(args: argparse.Namespace) -> None:
     given = pictures.read(args)
     jobs = plan(args, prompts, seed)
     source = find(args.model)
-    check_lcm(args.lcm, source)
+    note = check_lcm(args.lcm, source)
+    check_steps(args.steps, args.sampler, note, scheduler_config(source))
     decoder = find_decoder(args.decoder, source)
     say: Say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
     if source.bundled:
@@ -335,12 +358,13 @@ def open_adapted(
 ) -> LatentDiffusionPipeline:
     """The loaded pipeline with adapters and decoder, arranged; `UserError` where one misfits."""
     place = "cpu" if memory.offload != "none" else device
-    pipeline = open_pipeline(source, place, dtype, decoder)
-    if loras:
-        from ldm_pipeline.lora.attach import attach
+    with in_memory("while the model was opened", SMALLER_MODEL):
+        pipeline = open_pipeline(source, place, dtype, decoder)
+        if loras:
+            from ldm_pipeline.lora.attach import attach
 
-        attach(pipeline, loras)
-    return pipeline.arrange(memory, device)
+            attach(pipeline, loras)
+        return pipeline.arrange(memory, device)
 
 
 def draw(
@@ -351,12 +375,10 @@ def draw(
     say: Say,
 ) -> Iterator[Image]:
     """The pictures of `jobs`, one after the other, each drawn when it is asked for."""
-    from torch import OutOfMemoryError
-
     for k, job in enumerate(jobs):
         if len(jobs) > 1:
             say(f"{k + 1}/{len(jobs)} {job.prompt}")
-        try:
+        with in_memory("while a picture was drawn", SMALLER):
             result = pipeline(
                 job.prompt,
                 negative_prompt=args.negative,
@@ -369,11 +391,6 @@ def draw(
                 weighted=not args.plain,
                 **(given.arguments() if given else {"height": args.height, "width": args.width}),
             )
-        except OutOfMemoryError as error:
-            raise UserError(
-                "the device has not enough memory for this picture; "
-                "try --dtype float16, --tiling, --offload layers, or a smaller --height and --width"
-            ) from error
         picture = result.images[0]
         yield given.trimmed(picture) if given else picture
 

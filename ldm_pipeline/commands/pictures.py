@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ldm_pipeline.commands.digests import of_bytes
+from ldm_pipeline.commands.hashing import of_bytes
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.metadata import Origin
 from ldm_pipeline.request import SIZE_STEP, Task

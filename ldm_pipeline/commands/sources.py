@@ -17,6 +17,7 @@ from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import bundled, folders, small_decoder
 from ldm_pipeline.models.headers import read_header
 from ldm_pipeline.models.hub import fetched, fetched_index
+from ldm_pipeline.models.original import note
 from ldm_pipeline.models.original.checkpoint import check_name
 from ldm_pipeline.models.original.families import SDXL, family_of
 from ldm_pipeline.models.trust import read_json
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 BUNDLED = "bundled"
 UNET_CONFIG = "unet/config.json"
+SCHEDULER_CONFIG = "scheduler/scheduler_config.json"
 TOLD = "attn2.to_k.weight"
 """The end of the keys of a UNet's weights that read the texts."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -83,9 +85,12 @@ def find_decoder(name: str | None, source: Source) -> Path | None:
 def unet_config(source: Source) -> dict[str, Any] | None:
     """What the model's UNet says of itself; None where nothing is told.
 
-    Of a single file only `cross_attention_dim` is read, from its tensors' shapes.
+    Of a single file that others wrote only `cross_attention_dim` is read, from its tensors' shapes.
     """
     if source.file is not None:
+        noted = _noted(source.file, UNET_CONFIG)
+        if noted is not None:
+            return noted
         shapes = read_header(source.file).shapes
         told = next((shape for key, shape in shapes.items() if key.endswith(TOLD)), (None,))
         return {"cross_attention_dim": told[-1]}
@@ -94,12 +99,28 @@ def unet_config(source: Source) -> dict[str, Any] | None:
     return read_json(file) if file is not None and file.is_file() else None
 
 
+def scheduler_config(source: Source) -> dict[str, Any]:
+    """What the model's scheduler says of itself, as far as that is here: of a hub model before its
+    first download, and of a single file that others wrote, nothing."""
+    if source.file is not None:
+        return _noted(source.file, SCHEDULER_CONFIG) or {}
+    folder = source.folder or cached(source.name)
+    file = folder / SCHEDULER_CONFIG if folder is not None else None
+    return read_json(file) if file is not None and file.is_file() else {}
+
+
 def is_xl(source: Source) -> bool:
     """Whether the model is SDXL or its refiner, told as `load` tells it."""
     if source.file is not None:
         return family_of(source.file, read_header(source.file).shapes) is SDXL
     folder = _described(source)
     return folder is not None and folders.is_xl(folders.index(folder))
+
+
+def _noted(file: Path, name: str) -> dict[str, Any] | None:
+    """The config `name` that a single file of ours carries; None in those of others."""
+    own = note.read_note(file, read_header(file).texts)
+    return None if own is None else own.config(name)
 
 
 def _described(source: Source) -> Path | None:

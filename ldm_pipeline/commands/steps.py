@@ -7,16 +7,18 @@ by what its configuration says.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ldm_pipeline.commands.sources import Source, find, is_xl, unet_config
+from ldm_pipeline.commands.sources import Source, find, is_xl, scheduler_config, unet_config
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.lora.notes import NO_ADAPTER, read_note
+from ldm_pipeline.lora.notes import NO_ADAPTER, LcmNote, note_of, read_note
 from ldm_pipeline.lora.published import fetched, lcm_lora
 from ldm_pipeline.models.bundled import few_step_adapter
 from ldm_pipeline.request import (
     ETA_SAMPLERS,
+    FEW_STEP_SAMPLERS,
     GUIDANCE,
     LCM_GUIDANCE,
     LCM_STEPS,
@@ -26,6 +28,8 @@ from ldm_pipeline.request_xl import XL_GUIDANCE, XL_PAINTING_GUIDANCE
 
 STEPS = 25
 """Denoising steps, unless --steps or --lcm says otherwise."""
+USUAL_LEVELS = 1000
+"""Noise levels of a training, unless a model's scheduler says otherwise."""
 BUNDLED_GUIDANCE = 3.0
 """How strongly the bundled model's pictures follow the words, unless --guidance or --lcm says
 otherwise; others take what stock pipelines of their family do."""
@@ -92,31 +96,53 @@ def check_eta(eta: float | None, sampler: str | None, lcm: bool | str) -> None:
         )
 
 
-def check_lcm(lcm: bool | str, source: Source) -> None:
-    """Refuse what --lcm names where that is no LCM adapter, and --lcm alone where none is there.
+def check_lcm(lcm: bool | str, source: Source) -> LcmNote | None:
+    """How what --lcm draws with was distilled; None without it, and where the model does not say.
 
-    A published adapter is fetched now, so that none is missed after the model is loaded. A model
-    that says nothing of its UNet is let pass: its loading tells why.
+    Refuses what is no LCM adapter, and --lcm alone where none is there. A published adapter is
+    fetched now, so that none is missed after the model is loaded. A model that says nothing of its
+    UNet is let pass: its loading tells why.
     """
     if isinstance(lcm, str):
         if not Path(lcm).exists():
             raise UserError(f"--lcm={lcm}: there is no such file; a prompt stands before --lcm")
-        read_note(lcm)
-    elif lcm:
-        config = unet_config(source)
-        if config is not None:
-            _check_own(config)
-
-
-def _check_own(config: dict[str, Any]) -> None:
-    """Refuse a UNet for which there is no adapter; one that hears the guidance needs none."""
+        return read_note(lcm)
+    config = unet_config(source) if lcm else None
+    if config is None:
+        return None
     if _hears(config):
-        return
+        return note_of(scheduler_config(source))
     known = lcm_lora(config.get("cross_attention_dim"))
-    if known is not None:
-        fetched(known)
-    elif few_step_adapter() is None:
+    adapter = few_step_adapter() if known is None else fetched(known)
+    if adapter is None:
         raise UserError(NO_ADAPTER)
+    return read_note(adapter)
+
+
+def check_steps(
+    steps: int, sampler: str | None, note: LcmNote | None, scheduler: Mapping[str, Any]
+) -> None:
+    """Refuse more steps than there are noise levels to stop at.
+
+    Those are the levels of the model's training, which its `scheduler` config tells, or the fewer
+    ones of a distillation: of what --lcm draws with (`note`), of few-step samplers, and of the
+    scheduler of a full LCM.
+    """
+    few = sampler in FEW_STEP_SAMPLERS or (
+        sampler is None and "original_inference_steps" in scheduler
+    )
+    most = (note or note_of(scheduler)).original_steps if note or few else _trained(scheduler)
+    if steps > most:
+        why = "that few steps are distilled on" if note or few else "that this model was trained on"
+        raise UserError(f"--steps={steps} must lie between 1 and {most}, the noise levels {why}")
+
+
+def _trained(scheduler: Mapping[str, Any]) -> int:
+    """How many noise levels a model was trained on."""
+    betas, told = scheduler.get("trained_betas"), scheduler.get("num_train_timesteps")
+    if isinstance(betas, list) and betas:
+        return len(betas)
+    return told if isinstance(told, int) else USUAL_LEVELS
 
 
 def _hears(config: dict[str, Any]) -> bool:

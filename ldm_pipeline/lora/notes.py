@@ -44,11 +44,17 @@ class LcmNote:
 
 def note_of(scheduler: Mapping[str, Any]) -> LcmNote:
     """The note of a full LCM, whose scheduler's config says how it was distilled; the defaults for
-    a scheduler of another kind."""
-    return LcmNote(
-        original_steps=int(scheduler.get("original_inference_steps", LcmNote.original_steps)),
-        timestep_scaling=float(scheduler.get("timestep_scaling", LcmNote.timestep_scaling)),
-    )
+    a scheduler of another kind. `UserError` for what are no numbers."""
+    told = {
+        "original_inference_steps": LcmNote.original_steps,
+        "timestep_scaling": LcmNote.timestep_scaling,
+    }
+    told |= {name: scheduler[name] for name in told if name in scheduler}
+    try:
+        steps, scaling = told.values()
+        return LcmNote(original_steps=int(steps), timestep_scaling=float(scaling))
+    except (TypeError, ValueError, OverflowError) as error:
+        raise UserError(f"the scheduler's config makes no sense: {told}") from error
 
 
 def read_note(file: str | os.PathLike[str]) -> LcmNote:

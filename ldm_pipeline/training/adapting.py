@@ -32,6 +32,7 @@ from ldm_pipeline.grid import captioned_grid
 from ldm_pipeline.lora.inject import inject, without_input_casts
 from ldm_pipeline.models.conditioning import conditioning_of
 from ldm_pipeline.processes.ranks import Ranks, launched
+from ldm_pipeline.too_large import in_memory, is_out_of_memory
 from ldm_pipeline.training.adapter_config import AdapterConfig
 from ldm_pipeline.training.captioned import Sample, cached_texts, text_key
 from ldm_pipeline.training.levels import levels_of
@@ -48,7 +49,6 @@ from ldm_pipeline.training.start import (
     recompute,
     take_adapter,
 )
-from ldm_pipeline.training.too_large import in_memory, is_out_of_memory
 
 BANDS = 4
 """Into so many bands of levels the held-out loss is told."""

@@ -35,6 +35,7 @@ from ldm_pipeline.data.sources import BadPicture
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import autoencoder
 from ldm_pipeline.models.conditioning import Conditioning
+from ldm_pipeline.too_large import in_memory
 from ldm_pipeline.training.config import (
     Fraction,
     NonNegative,
@@ -44,7 +45,6 @@ from ldm_pipeline.training.config import (
     Settings,
 )
 from ldm_pipeline.training.shares import one_on_each_machine_first
-from ldm_pipeline.training.too_large import in_memory
 
 log = logging.getLogger(__name__)
 

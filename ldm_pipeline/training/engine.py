@@ -32,6 +32,7 @@ from tqdm.auto import tqdm
 from ldm_pipeline.data.writing import NotWritten, in_one_line, settle_folder, write_folder, writing
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.processes.ranks import Ranks, launched
+from ldm_pipeline.too_large import ADVICE, in_memory, is_out_of_memory
 from ldm_pipeline.training.clock import Clock
 from ldm_pipeline.training.config import TrainingConfig, write_yaml
 from ldm_pipeline.training.objective import Batch, Compiling, Drawing, Objective, Stoppable, named
@@ -41,7 +42,6 @@ from ldm_pipeline.training.sharding import Shards, sharding
 from ldm_pipeline.training.signals import leave_signals_to_the_run, stop_on_signals
 from ldm_pipeline.training.start import compiled, precision, warn_of_accelerate
 from ldm_pipeline.training.steps import Steps, seed_of
-from ldm_pipeline.training.too_large import ADVICE, in_memory, is_out_of_memory
 from ldm_pipeline.training.tracking import check_tracker, keep_picture, start_tracker
 from ldm_pipeline.training.updates import (
     Gradients,

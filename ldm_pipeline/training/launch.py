@@ -18,10 +18,10 @@ from ldm_pipeline.errors import UserError
 from ldm_pipeline.processes.lock import alone_in, check_writable
 from ldm_pipeline.processes.ranks import Ranks, launched, leave
 from ldm_pipeline.processes.start import start_the_others
+from ldm_pipeline.too_large import in_memory
 from ldm_pipeline.training.config import TrainingConfig, parse
 from ldm_pipeline.training.engine import Interrupted, check, fit
 from ldm_pipeline.training.signals import on_signals
-from ldm_pipeline.training.too_large import in_memory
 
 Config = TypeVar("Config", bound=TrainingConfig)
 

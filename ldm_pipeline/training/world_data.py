@@ -17,8 +17,8 @@ from torch import Tensor
 from ldm_pipeline.data.cache import Cache, Entry, Share, fill, key_of
 from ldm_pipeline.data.world import World, caption_of, held_out_caption
 from ldm_pipeline.models import autoencoder
+from ldm_pipeline.too_large import in_memory
 from ldm_pipeline.training.config import NonNegative, Positive, Settings
-from ldm_pipeline.training.too_large import in_memory
 
 
 class WorldSettings(Settings):

@@ -13,6 +13,7 @@ import re
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from ldm_pipeline.errors import UserError
 
@@ -36,6 +37,14 @@ class Note:
 
     files: Mapping[str, str]
     bare: tuple[str, ...] = ()
+
+    def config(self, name: str) -> dict[str, Any]:
+        """The JSON object in the file `name`; an empty one where there is none."""
+        try:
+            contents = json.loads(self.files.get(name, "{}"))
+        except (ValueError, RecursionError):
+            return {}
+        return contents if isinstance(contents, dict) else {}
 
     def packed(self) -> str:
         """The note as a text for a header."""
