@@ -100,7 +100,7 @@ def test_rows_for_the_shape_alone_change_nothing(
 def test_each_size_is_compiled_once(build: Build) -> None:
     objective = build()
     objective.compile_network()
-    met = set()
+    met: set[tuple[int, ...]] = set()
     for batch in batches(objective, 9):
         new = {tuple(group["z"].shape) for group in batch["groups"]} - met
         before = counters["stats"]["unique_graphs"]
