@@ -5,7 +5,8 @@ Legend
     eps      the noise of each sample;  x = alpha(t) z + sigma(t) eps at its level t
     told     what the UNet is told by name, as text embeddings [n, L, C], see `models.conditioning`;
              from the cache, or of the text encoders
-    group    the samples of a batch that have one size; mostly there is one
+    group    the samples of a batch that have one size; mostly there is one. For a compiled network
+             it is padded to the size of the batch: one shape, and one compilation, for each size
 
 The base model is frozen. The autoencoder and, where texts are cached, the text encoders speak only
 before the first step.
@@ -211,15 +212,20 @@ class AdapterObjective(nn.Module, ABC):
         """A group with what has to be computed before the first gradient of any group is."""
         return group
 
-    def _sums(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The sums over a group of what is minimised, `loss`, and of what else is logged."""
-        errors = self._errors(group)
+    def _sums(self, errors: Tensor, group: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The sums over a group of what is minimised, `loss`, and of what else is logged, from the
+        plain penalties [n]."""
         return {"loss": (group["weight"].to(errors.dtype) * errors).sum()}
+
+    def _sums_of(self, group: dict[str, Tensor], n: int) -> dict[str, Tensor]:
+        """The same of the first `n` samples of a group; the others are there for the shape."""
+        errors = self._errors(group)[:n]
+        return self._sums(errors, {name: value[:n] for name, value in group.items()})
 
     def compile_network(self) -> None:
         """Compile the UNet where it has gradients. What is called without, for a teacher, a
         validation or a picture, is called too seldom or in too many shapes."""
-        self._quick = [compiled(self._learner())]
+        self._quick = [compiled(self._learner(), shapes=len(self.data.sizes))]
 
     def _learner(self) -> Any:
         """The UNet that learns."""
@@ -235,20 +241,23 @@ class AdapterObjective(nn.Module, ABC):
         return self.unet
 
     def batch(self, positions: range) -> Batch:
-        """The samples of these positions, in groups of one size."""
+        """The samples of these positions, in groups of one size, and how many are in each."""
         drawn: dict[tuple[int, int], list[dict[str, Tensor]]] = {}
         for position in positions:
             sample = self.data.sample(position)
             drawn.setdefault(sample.transform.bucket, []).append(self._drawn(sample, position))
-        return {"groups": [stacked(group) for group in drawn.values()], "n": len(positions)}
+        rows, groups = len(positions) if self._quick else 0, drawn.values()
+        return {"groups": [stacked(g, rows) for g in groups], "counts": list(map(len, groups))}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The means over all samples."""
         with ExitStack() as stack:
             if torch.is_autocast_enabled(self.unet.device.type):
                 stack.enter_context(self._under_autocast())
-            sums = [self._sums(group) for group in list(map(self._ready, batch["groups"]))]
-        return {name: torch.stack([s[name] for s in sums]).sum() / batch["n"] for name in sums[0]}
+            groups = list(map(self._ready, batch["groups"]))
+            sums = list(map(self._sums_of, groups, batch["counts"]))
+        n = sum(batch["counts"])
+        return {name: torch.stack([s[name] for s in sums]).sum() / n for name in sums[0]}
 
     def heed(self, stop: Sequence[int]) -> None:
         """Be shown what a signal fills: it ends a validation between two groups."""
@@ -434,6 +443,8 @@ class AdapterObjective(nn.Module, ABC):
         return {"bf16": torch.bfloat16, "fp16": torch.float16}[chosen] if half else torch.float32
 
 
-def stacked(group: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Samples as one group: each tensor with a first axis for them."""
-    return {name: torch.stack([sample[name] for sample in group]) for name in group[0]}
+def stacked(samples: Sequence[dict[str, Tensor]], rows: int = 0) -> dict[str, Tensor]:
+    """Samples as one group: each tensor with a first axis for them; the last sample is repeated
+    until there are `rows`."""
+    padded = [*samples, *[samples[-1]] * (rows - len(samples))]
+    return {name: torch.stack([sample[name] for sample in padded]) for name in samples[0]}

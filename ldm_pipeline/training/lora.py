@@ -86,9 +86,8 @@ class LoraObjective(AdapterObjective):
         settings = self.config.loss
         return coarse_noise(shape, generator, settings.offset_noise, settings.pyramid_noise)
 
-    def _sums(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _sums(self, errors: Tensor, group: dict[str, Tensor]) -> dict[str, Tensor]:
         """The sums over a group of the weighted and of the plain penalties."""
-        errors = self._errors(group)
         weights = loss_weights(self.kind, self.schedule, group["t"], self.loss) * group["weight"]
         return {"loss": (weights.to(errors.dtype) * errors).sum(), "error": errors.sum()}
 

@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 SMALL_GRID = 32
 """Places along each side; of 64 the matrix takes 268 MB in each attention of Stable Diffusion."""
 
+SPARE_SHAPES = 8
+"""Compilations for what cannot be foreseen: pieces that were halved, or a sample by itself."""
+
 NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
@@ -148,11 +151,16 @@ def recompute(*networks: nn.Module) -> None:
             getattr(network, "activation_checkpointing_enable", earlier)({"use_reentrant": False})
 
 
-def compiled(module: nn.Module) -> Any:
+def compiled(module: nn.Module, shapes: int = 1) -> Any:
     """What calls `module`, compiled at its first call, and anew for inputs of other shapes.
+
+    `shapes` are as many as it may meet: torch alone gives up after its eighth compilation, and
+    calls the module as it is, at its old speed.
 
     Layouts stay as they are: where the compiler of torch 2.13 changes them on a CPU, the gradient
     of a nearest-neighbour upsampling before a convolution is lost, and a UNet trains at its finest
     level alone, without a word.
     """
+    settings = torch._dynamo.config
+    settings.recompile_limit = max(settings.recompile_limit, shapes + SPARE_SHAPES)
     return torch.compile(module, dynamic=False, options={"layout_optimization": False})

@@ -1,14 +1,13 @@
 """Damaged and hostile LoRA files end in our error or in a correct load, and in nothing between.
 
-500 mutants in every run; as many as LDM_MUTATIONS says in a long one:
+500 mutants in every run, 20,000 others in a long one, which prints what became of them:
 
-    LDM_MUTATIONS=20000 pytest tests/lora/test_hostile_loras.py
+    pytest -m slow -s tests/lora/test_hostile_loras.py
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import struct
@@ -36,7 +35,7 @@ from ldm_pipeline.lora.weights import LORA_A, LORA_B
 from tests.lora import test_lycoris
 from tests.lora.tiny_families import lora, networks, sd1
 
-COUNT = int(os.environ.get("LDM_MUTATIONS", "500"))
+FEW_MUTANTS, MANY_MUTANTS = range(500), range(500, 20_500)
 PARTS = 5
 """Tests that share the mutants, so that several processes can."""
 
@@ -256,12 +255,17 @@ def check(pipe: Any, place: Path) -> bool:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
+@pytest.mark.parametrize(
+    "mutants",
+    [FEW_MUTANTS, pytest.param(MANY_MUTANTS, marks=pytest.mark.slow)],
+    ids=lambda mutants: str(len(mutants)),
+)
 def test_a_mutant_is_refused_or_loaded_wholly(
-    part: int, sources: list[tuple[Path, str]], tmp_path: Path
+    mutants: range, part: int, sources: list[tuple[Path, str]], tmp_path: Path
 ) -> None:
     pipe = sd1()
     loaded = 0
-    mine = range(part, COUNT, PARTS)
+    mine = mutants[part::PARTS]
     for number in mine:
         dice = random.Random(number)
         source, _ = dice.choice(sources)
@@ -272,6 +276,7 @@ def test_a_mutant_is_refused_or_loaded_wholly(
         except BaseException as error:
             error.add_note(f"mutant {number} of {source}")
             raise
+    print(f"{len(mine)} mutants: {loaded} loaded wholly, {len(mine) - loaded} refused")
     assert 0 < loaded < len(mine), "some mutants are harmless, and most are not"
 
 

@@ -1,11 +1,13 @@
 """Every layout into every other and back: the networks' outputs stay the same.
 
-python -m tests.lora.test_layout_matrix prints the differences as a Markdown table.
+python -m tests.lora.test_layout_matrix writes the differences into the README, where a test finds
+them again: each as the power of ten that it stays below.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,10 @@ KINDS: dict[str, dict[str, Any]] = {
     "rsLoRA": {"rslora": True, "every": 3},
 }
 PAIRS = list(itertools.product(LAYOUTS, LAYOUTS))
+
+README = Path(__file__).parents[2] / "README.md"
+BEGIN = "<!-- layouts: written by tests/lora/test_layout_matrix.py -->"
+END = "<!-- /layouts -->"
 
 LEAST = 1e-6
 """What a round trip may change: kohya's layout moves alphas into B, in float32."""
@@ -99,24 +105,37 @@ def differences(family: str, kind: str, folder: Path) -> dict[tuple[str, str], f
     return found
 
 
+def row(family: str, kind: str, found: dict[tuple[str, str], float]) -> str:
+    """A line of the table."""
+    cells = [f"1e{math.ceil(math.log10(value))}" if value else "0" for value in found.values()]
+    return f"| {FAMILIES[family].title}, {kind} | {' | '.join(cells)} |"
+
+
 @pytest.mark.parametrize("family", PIPELINES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_pair_of_layouts_round_trips(family: str, kind: str, tmp_path: Path) -> None:
     found = differences(family, kind, tmp_path)
     assert max(found.values()) <= LEAST, found
+    told = row(family, kind, found)
+    assert told in README.read_text("utf-8"), "python -m tests.lora.test_layout_matrix writes it"
 
 
 def table() -> str:
     """The differences of every family, kind and pair, as Markdown."""
-    columns = [f"{first} → {then} →" for first, then in PAIRS]
-    rows = [["", *columns], ["---"] * (len(columns) + 1)]
+    columns = [f"{first[0]} → {then[0]} → {first[0]}" for first, then in PAIRS]
+    lines = [f"|  | {' | '.join(columns)} |", "| --- |" * (len(columns) + 1)]
     with tempfile.TemporaryDirectory() as folder:
         for family, kind in itertools.product(PIPELINES, KINDS):
-            found = differences(family, kind, Path(folder))
-            cells = [f"{found[pair]:.1e}" if found[pair] else "0" for pair in PAIRS]
-            rows.append([f"{FAMILIES[family].title}, {kind}", *cells])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+            lines.append(row(family, kind, differences(family, kind, Path(folder))))
+    return "\n".join(lines).replace("||", "|")
+
+
+def write() -> None:
+    """Put the table where the README has it."""
+    before, _, rest = README.read_text("utf-8").partition(BEGIN)
+    after = rest.partition(END)[2]
+    README.write_text(f"{before}{BEGIN}\n\n{table()}\n\n{END}{after}", "utf-8")
 
 
 if __name__ == "__main__":
-    print(table())
+    write()

@@ -20,6 +20,7 @@ from ldm_pipeline import LatentDiffusionPipeline, LatentDiffusionXLPipeline, Mem
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.few_steps import few_step_unet
 from ldm_pipeline.lora.files import save
+from ldm_pipeline.lora.fusing import Fused
 from ldm_pipeline.lora.inject import inject
 from ldm_pipeline.lora.targets import LoraSettings
 from ldm_pipeline.models import compiling
@@ -84,6 +85,35 @@ def test_threads_draw_the_serial_pictures(tiny: Build) -> None:
     with ThreadPoolExecutor(4) as pool:
         parallel = list(pool.map(lambda seed: draw(pipe, seed), range(4)))
     assert all(map(torch.equal, serial, parallel))
+
+
+@pytest.mark.usefixtures("_eager")
+def test_adapters_are_swapped_without_compiling_again(tiny: Build, tmp_path: Path) -> None:
+    """Of different ranks and modules, in the UNet's compiled blocks and beside them."""
+    files = []
+    for rank, targets in ((2, ["attn1", "v_proj"]), (3, ["attn2", "conv1", "q_proj"])):
+        made = LatentDiffusionPipeline(**tiny())
+        models = {"unet": made.unet, "text_encoder": made.text_encoder}
+        adapter = inject(models, LoraSettings(targets, rank=rank), seed=rank)
+        for name, value in adapter.parameters.items():
+            if name.endswith("lora_B.weight"):
+                torch.nn.init.normal_(value, std=0.3)
+        files.append(save(tmp_path / f"{rank}", adapter.weights()))
+    swaps = [[], [(files[0], 1.0)], [(files[1], 0.5)], [(files[0], 0.3), (files[1], -1.0)], []]
+    plain, quick = (LatentDiffusionPipeline(**tiny()) for _ in range(2))
+    quick.arrange(Memory(compile=True))
+    graphs, pictures = set(), []
+    for pipe in (plain, quick):
+        fused = Fused(pipe)
+        for swap in swaps:
+            fused.swap(swap)
+            pictures.append(draw(pipe))
+            graphs.add(counters["stats"]["unique_graphs"])
+    assert len(graphs) == 2, "none without the switch, and all in the first picture with it"
+    wanted, found = pictures[: len(swaps)], pictures[len(swaps) :]
+    assert all(map(torch.equal, wanted, found))
+    assert torch.equal(found[0], found[-1])
+    assert all(not torch.equal(found[0], other) for other in found[1:-1])
 
 
 @pytest.mark.usefixtures("_eager")

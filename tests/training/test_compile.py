@@ -92,20 +92,6 @@ def trained(tiny: Any, folder: Path, steps: int, *, quick: bool) -> dict[str, Te
     return dict(load(fit(LoraObjective(config, opened), config) / FILE_NAME).tensors)
 
 
-@pytest.mark.slow
-@needs_compiler
-def test_a_compiled_adapter_ends_where_a_plain_one_does(tiny: Any, tmp_path: Path) -> None:
-    """After 50 steps the two are apart by at most a thousandth of the way that they went."""
-    captioned(tmp_path / "pictures", [(64, 64)] * 5)
-    plain, fast = (trained(tiny, tmp_path, 50, quick=quick) for quick in (False, True))
-    begun = trained(tiny, tmp_path, 1, quick=False)
-    assert plain.keys() == fast.keys()
-    apart = sum(float((plain[name] - fast[name]).square().sum()) for name in plain) ** 0.5
-    went = sum(float((plain[name] - begun[name]).square().sum()) for name in plain) ** 0.5
-    assert went > 0.1
-    assert apart <= 1e-3 * went
-
-
 class Called:
     """In the place of a compiled network: counts its calls and passes all else on."""
 
@@ -128,7 +114,7 @@ def test_of_an_adapter_only_what_learns_is_compiled(
     captioned(tmp_path / "pictures", [(64, 64)] * 5)
     made: list[Called] = []
 
-    def compile_it(network: Any) -> Called:
+    def compile_it(network: Any, shapes: int) -> Called:
         made.append(Called(network))
         return made[-1]
 
