@@ -29,6 +29,7 @@ from ldm_pipeline.models.schedulers import scheduler_class
 from ldm_pipeline.models.trust import components
 from ldm_pipeline.stock_arguments import (
     FROM_FOLDER,
+    SETTINGS,
     check_no_code,
     check_safe,
     heard,
@@ -198,7 +199,7 @@ class FolderPipeline(DiffusionPipeline):
         from ldm_pipeline.models.original import build
 
         given = dict(parts or {})
-        if checkpoint.family.pipeline != cls._saved_class_name:
+        if checkpoint.family.is_xl != ("text_encoder_2" in cls._get_signature_types()):
             raise UserError(
                 f"{checkpoint.file} holds {checkpoint.family.name}, which {cls.__name__} cannot"
                 " draw with; ldm_pipeline.load picks the pipeline that can"
@@ -206,10 +207,12 @@ class FolderPipeline(DiffusionPipeline):
         told = json.loads(checkpoint.files[folders.INDEX])
         settings = {
             name: told[name]
-            for name in ("force_zeros_for_empty_prompt", "requires_safety_checker")
+            for name in SETTINGS
             if name in told and name in cls._get_signature_types()
         }
-        pipeline = cls(**{**build.components(checkpoint, dtype, given), **settings, **given})
+        absent = dict.fromkeys(cls._get_signature_keys(cls)[0])
+        found = build.components(checkpoint, dtype, given)
+        pipeline = cls(**{**absent, **found, **settings, **given})
         pipeline.register_to_config(_name_or_path=str(checkpoint.file))
         return pipeline
 

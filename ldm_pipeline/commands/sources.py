@@ -19,7 +19,7 @@ from ldm_pipeline.models.headers import read_header
 from ldm_pipeline.models.hub import fetched, fetched_index
 from ldm_pipeline.models.original import note
 from ldm_pipeline.models.original.checkpoint import check_name
-from ldm_pipeline.models.original.families import SDXL, family_of
+from ldm_pipeline.models.original.families import family_of
 from ldm_pipeline.models.trust import read_json
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def scheduler_config(source: Source) -> dict[str, Any]:
 def is_xl(source: Source) -> bool:
     """Whether the model is SDXL or its refiner, told as `load` tells it."""
     if source.file is not None:
-        return family_of(source.file, read_header(source.file).shapes) is SDXL
+        return family_of(source.file, read_header(source.file).shapes).is_xl
     folder = _described(source)
     return folder is not None and folders.is_xl(folders.index(folder))
 

@@ -180,9 +180,12 @@ def _index(family: Family, channels: int) -> dict[str, Any]:
         contents[part.component] = ["transformers", kind]
         contents[part.tokenizer] = ["transformers", "CLIPTokenizer"]
     empty = ["feature_extractor", "image_encoder"]
-    if len(family.texts) == 1:
+    if not family.is_xl:
         empty.append("safety_checker")
         contents["requires_safety_checker"] = False
+    elif len(family.texts) == 1:
+        empty += ["text_encoder", "tokenizer"]
+        contents |= {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True}
     else:
         contents["force_zeros_for_empty_prompt"] = True
     return contents | {each: [None, None] for each in empty}
