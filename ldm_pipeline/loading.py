@@ -25,6 +25,7 @@ from ldm_pipeline.models import bundled, folders
 from ldm_pipeline.models.hub import fetched_index, reaching
 from ldm_pipeline.models.original.checkpoint import Checkpoint, open_checkpoint
 from ldm_pipeline.models.quantising import quantised
+from ldm_pipeline.models.reading import reading
 from ldm_pipeline.models.schedulers import scheduler_class
 from ldm_pipeline.models.trust import components
 from ldm_pipeline.stock_arguments import (
@@ -35,7 +36,6 @@ from ldm_pipeline.stock_arguments import (
     heard,
     of_a_file,
 )
-from ldm_pipeline.too_large import is_out_of_memory
 from ldm_pipeline.values import DTYPES, check_path
 
 Dtypes = torch.dtype | str | Mapping[str, torch.dtype | str]
@@ -124,7 +124,7 @@ class FolderPipeline(DiffusionPipeline):
         given = heard(cls.__name__, own, given)
         settings = heard(cls.__name__, own, settings)
         source = pretrained_model_name_or_path
-        try:
+        with reading(f"{source} cannot be loaded"):
             folder = Path(source).expanduser()
             if not folder.is_dir():
                 hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
@@ -148,14 +148,6 @@ class FolderPipeline(DiffusionPipeline):
                 **settings,
                 **given,
             )
-        except UserError:
-            raise
-        except Exception as error:  # a damaged folder can break the libraries' readers in any way
-            if is_out_of_memory(error):
-                raise
-            known = isinstance(error, OSError | ValueError)
-            reason = " ".join(f"{'' if known else type(error).__name__ + ': '}{error}".split())
-            raise UserError(f"{source} cannot be loaded: {reason[:600]}") from error
         pipeline.register_to_config(_name_or_path=str(source))
         return pipeline
 
@@ -212,7 +204,8 @@ class FolderPipeline(DiffusionPipeline):
         }
         absent = dict.fromkeys(cls._get_signature_keys(cls)[0])
         found = build.components(checkpoint, dtype, given)
-        pipeline = cls(**{**absent, **found, **settings, **given})
+        with reading(f"{checkpoint.file} cannot be loaded"):
+            pipeline = cls(**{**absent, **found, **settings, **given})
         pipeline.register_to_config(_name_or_path=str(checkpoint.file))
         return pipeline
 
