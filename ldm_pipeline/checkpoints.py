@@ -15,7 +15,6 @@ from ldm_pipeline.errors import UserError
 from ldm_pipeline.loading import Dtypes, dtypes, one_dtype, single_file
 from ldm_pipeline.models import bundled, folders, small_decoder
 from ldm_pipeline.models.hub import fetched_index
-from ldm_pipeline.models.original.families import SDXL
 from ldm_pipeline.pipeline import LatentDiffusionPipeline
 from ldm_pipeline.pipeline_xl import LatentDiffusionXLPipeline
 from ldm_pipeline.stock_arguments import check_no_code
@@ -65,7 +64,7 @@ def load(
         checkpoint = single_file(
             place, prediction_type=prediction_type, tokenizer=tokenizer, given=parts
         )
-        cls = _class(checkpoint.family is SDXL)
+        cls = _class(checkpoint.family.is_xl)
         made = cls.from_checkpoint(checkpoint, one_dtype(dtype, torch_dtype), parts)
         return _fitting(made, parts)
     asked = {"prediction_type": prediction_type, "tokenizer": tokenizer}

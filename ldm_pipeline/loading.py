@@ -25,16 +25,17 @@ from ldm_pipeline.models import bundled, folders
 from ldm_pipeline.models.hub import fetched_index, reaching
 from ldm_pipeline.models.original.checkpoint import Checkpoint, open_checkpoint
 from ldm_pipeline.models.quantising import quantised
+from ldm_pipeline.models.reading import reading
 from ldm_pipeline.models.schedulers import scheduler_class
 from ldm_pipeline.models.trust import components
 from ldm_pipeline.stock_arguments import (
     FROM_FOLDER,
+    SETTINGS,
     check_no_code,
     check_safe,
     heard,
     of_a_file,
 )
-from ldm_pipeline.too_large import is_out_of_memory
 from ldm_pipeline.values import DTYPES, check_path
 
 Dtypes = torch.dtype | str | Mapping[str, torch.dtype | str]
@@ -123,7 +124,7 @@ class FolderPipeline(DiffusionPipeline):
         given = heard(cls.__name__, own, given)
         settings = heard(cls.__name__, own, settings)
         source = pretrained_model_name_or_path
-        try:
+        with reading(f"{source} cannot be loaded"):
             folder = Path(source).expanduser()
             if not folder.is_dir():
                 hub: dict[str, Any] = {"revision": revision, "cache_dir": cache_dir, "token": token}
@@ -147,14 +148,6 @@ class FolderPipeline(DiffusionPipeline):
                 **settings,
                 **given,
             )
-        except UserError:
-            raise
-        except Exception as error:  # a damaged folder can break the libraries' readers in any way
-            if is_out_of_memory(error):
-                raise
-            known = isinstance(error, OSError | ValueError)
-            reason = " ".join(f"{'' if known else type(error).__name__ + ': '}{error}".split())
-            raise UserError(f"{source} cannot be loaded: {reason[:600]}") from error
         pipeline.register_to_config(_name_or_path=str(source))
         return pipeline
 
@@ -198,7 +191,7 @@ class FolderPipeline(DiffusionPipeline):
         from ldm_pipeline.models.original import build
 
         given = dict(parts or {})
-        if checkpoint.family.pipeline != cls._saved_class_name:
+        if checkpoint.family.is_xl != ("text_encoder_2" in cls._get_signature_types()):
             raise UserError(
                 f"{checkpoint.file} holds {checkpoint.family.name}, which {cls.__name__} cannot"
                 " draw with; ldm_pipeline.load picks the pipeline that can"
@@ -206,10 +199,13 @@ class FolderPipeline(DiffusionPipeline):
         told = json.loads(checkpoint.files[folders.INDEX])
         settings = {
             name: told[name]
-            for name in ("force_zeros_for_empty_prompt", "requires_safety_checker")
+            for name in SETTINGS
             if name in told and name in cls._get_signature_types()
         }
-        pipeline = cls(**{**build.components(checkpoint, dtype, given), **settings, **given})
+        absent = dict.fromkeys(cls._get_signature_keys(cls)[0])
+        found = build.components(checkpoint, dtype, given)
+        with reading(f"{checkpoint.file} cannot be loaded"):
+            pipeline = cls(**{**absent, **found, **settings, **given})
         pipeline.register_to_config(_name_or_path=str(checkpoint.file))
         return pipeline
 

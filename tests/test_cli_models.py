@@ -3,72 +3,82 @@ pipeline draws that `load` opens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from diffusers import LCMScheduler
 from PIL import Image
 
 import ldm_pipeline
-from ldm_pipeline import LatentDiffusionPipeline, LatentDiffusionXLPipeline
 from ldm_pipeline.commands import evaluate, generate
+from ldm_pipeline.models.original.convert import to_file
 from tests.conftest import tiny_scheduler
+from tests.models.original.models import KINDS, plain
 from tests.models.original.models import pipeline as original
 from tests.parity.pairs import mask, picture
-from tests.parity.test_stable_diffusion_xl import refiner_unet
 from tests.test_cli import Ldm, ldm
 
 __all__ = ["ldm"]
 
-Build = Callable[..., dict[str, Any]]
-
-
-def made(kind: str, tiny: Build, tiny_xl: Build) -> Any:
-    """A tiny random pipeline of a kind."""
-    if kind == "SD 2.x":
-        return LatentDiffusionPipeline(
-            **tiny(
-                scheduler=tiny_scheduler(prediction_type="v_prediction"), use_linear_projection=True
-            )
-        )
-    if kind == "inpainting":
-        return LatentDiffusionPipeline(**tiny(in_channels=9))
-    if kind == "full LCM":
-        return LatentDiffusionPipeline(**tiny(scheduler=LCMScheduler(), time_cond_proj_dim=8))
-    parts = {**tiny_xl(), "unet": refiner_unet(), "text_encoder": None, "tokenizer": None}
-    return LatentDiffusionXLPipeline(**parts, add_watermarker=False)
-
-
+PAINTING: tuple[list[str], dict[str, Any]] = (
+    ["--image=a.png", "--mask=hole.png", "--no-keep"],
+    {"image": "a.png", "mask_image": "hole.png"},
+)
 ASKED: dict[str, tuple[list[str], dict[str, Any]]] = {
-    "SD 2.x": ([], {}),
-    "inpainting": (
-        ["--image=a.png", "--mask=hole.png", "--no-keep"],
-        {"image": "a.png", "mask_image": "hole.png"},
-    ),
-    "full LCM": (["--lcm"], {"lcm": True}),
+    "sd1": ([], {}),
+    "sd1-inpaint": PAINTING,
+    "sd1-lcm": (["--lcm"], {"lcm": True}),
+    "sd2": ([], {}),
+    "sdxl": ([], {}),
+    "sdxl-inpaint": PAINTING,
     "refiner": (["--image=a.png", "--strength=0.7"], {"image": "a.png", "strength": 0.7}),
 }
+"""What each kind of model is asked for: of the command, and of the pipeline."""
 
 
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with each kind of model: as a folder, with weights in fp16 alone, and as a file of
+    ours and of others."""
+    place = tmp_path_factory.mktemp("models")
+    for kind in KINDS:
+        pipe = original(kind)
+        pipe.save_pretrained(place / kind / "folder")
+        to_file(place / kind / "folder", place / kind / "file.safetensors")
+        plain(place / kind / "file.safetensors")
+        pipe.to(dtype=torch.float16).save_pretrained(place / kind / "fp16", variant="fp16")
+    return place
+
+
+@pytest.mark.parametrize("form", ["folder", "fp16", "file.safetensors", "file-plain.safetensors"])
 @pytest.mark.parametrize("kind", ASKED)
 def test_the_command_draws_what_the_pipeline_does(
-    kind: str, ldm: Ldm, tiny: Build, tiny_xl: Build
+    kind: str, form: str, ldm: Ldm, models: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made(kind, tiny, tiny_xl).save_pretrained("model")
+    place = models / kind / form
+    name = "tokenizer_2" if kind == "refiner" else "tokenizer"
+    cache = models / kind / "cache"  # where the hub's own tools would put CLIP's vocabulary
+    if not cache.exists():
+        known = cache / "models--openai--clip-vit-large-patch14/snapshots"
+        shutil.copytree(models / kind / "folder" / name, known / "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
     picture(32, 32).save("a.png")
     mask(32, 32).save("hole.png")
     flags, told = ASKED[kind]
-    words = ["generate", "a red star", "--model=model", "--steps=3", "--seed=5", "--plain"]
-    code, _, err = ldm(*words, *flags, "-o", "b.png")
+    words = ["generate", "a red star", "--steps=3", "--seed=5", "--plain", "--model", str(place)]
+    sides = [] if "--image=a.png" in flags else ["--height=32", "--width=32"]
+    code, _, err = ldm(*words, *flags, *sides, "-o", "b.png")
     assert code == 0, err
     opened: dict[str, Any] = {
         k: Image.open(v) if isinstance(v, str) else v for k, v in told.items()
     }
-    pipe = ldm_pipeline.load("model")
+    opened |= {"height": 32, "width": 32}
+    pipe = ldm_pipeline.load(place)
     (wanted,) = pipe("a red star", num_inference_steps=3, seed=5, **opened).images
     with Image.open("b.png") as found:
         assert np.array_equal(np.asarray(found), np.asarray(wanted))

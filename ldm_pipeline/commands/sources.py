@@ -19,7 +19,8 @@ from ldm_pipeline.models.headers import read_header
 from ldm_pipeline.models.hub import fetched, fetched_index
 from ldm_pipeline.models.original import note
 from ldm_pipeline.models.original.checkpoint import check_name
-from ldm_pipeline.models.original.families import SDXL, family_of
+from ldm_pipeline.models.original.configs import GUIDED
+from ldm_pipeline.models.original.families import UNET, family_of
 from ldm_pipeline.models.trust import read_json
 
 if TYPE_CHECKING:
@@ -85,7 +86,8 @@ def find_decoder(name: str | None, source: Source) -> Path | None:
 def unet_config(source: Source) -> dict[str, Any] | None:
     """What the model's UNet says of itself; None where nothing is told.
 
-    Of a single file that others wrote only `cross_attention_dim` is read, from its tensors' shapes.
+    Of a single file that others wrote only the widths of what the UNet is told are read, from its
+    tensors' shapes: of the texts, and of a full LCM's guidance.
     """
     if source.file is not None:
         noted = _noted(source.file, UNET_CONFIG)
@@ -93,7 +95,8 @@ def unet_config(source: Source) -> dict[str, Any] | None:
             return noted
         shapes = read_header(source.file).shapes
         told = next((shape for key, shape in shapes.items() if key.endswith(TOLD)), (None,))
-        return {"cross_attention_dim": told[-1]}
+        guided = shapes.get(UNET + GUIDED, (None,))
+        return {"cross_attention_dim": told[-1], "time_cond_proj_dim": guided[-1]}
     folder = _described(source)
     file = folder / UNET_CONFIG if folder is not None else None
     return read_json(file) if file is not None and file.is_file() else None
@@ -112,7 +115,7 @@ def scheduler_config(source: Source) -> dict[str, Any]:
 def is_xl(source: Source) -> bool:
     """Whether the model is SDXL or its refiner, told as `load` tells it."""
     if source.file is not None:
-        return family_of(source.file, read_header(source.file).shapes) is SDXL
+        return family_of(source.file, read_header(source.file).shapes).is_xl
     folder = _described(source)
     return folder is not None and folders.is_xl(folders.index(folder))
 

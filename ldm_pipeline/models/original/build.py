@@ -23,6 +23,7 @@ from ldm_pipeline.models.original.checkpoint import Checkpoint
 from ldm_pipeline.models.original.clip import BODY
 from ldm_pipeline.models.original.names import Tensors
 from ldm_pipeline.models.original.tensors import to_torch
+from ldm_pipeline.models.reading import reading
 from ldm_pipeline.models.schedulers import scheduler_class
 from ldm_pipeline.models.trust import check_component
 
@@ -46,11 +47,13 @@ def components(
         found[name] = model.eval().requires_grad_(False)
     for part in checkpoint.family.texts:
         if part.tokenizer not in given:
-            found[part.tokenizer] = _tokenizer(checkpoint.files, part.tokenizer)
+            with reading(f"{checkpoint.file}: its {part.tokenizer} cannot be read"):
+                found[part.tokenizer] = _tokenizer(checkpoint.files, part.tokenizer)
     if "scheduler" not in given:
         config = checkpoint.config("scheduler")
         kind = scheduler_class(config.get("_class_name"), checkpoint.file)
-        found["scheduler"] = kind.from_config(config)
+        with reading(f"{checkpoint.file}: no scheduler can have this config"):
+            found["scheduler"] = kind.from_config(config)
     return found
 
 
@@ -66,19 +69,16 @@ def empty(checkpoint: Checkpoint, component: str) -> nn.Module:
     projects = any(
         part.component == component and part.projects for part in checkpoint.family.texts
     )
-    try:
-        with init_empty_weights(include_buffers=False):
-            if component == "unet":
-                return UNet2DConditionModel.from_config(config)
-            if component == "vae":
-                return AutoencoderKL.from_config(config)
-            kind = CLIPTextModelWithProjection if projects else CLIPTextModel
-            return kind(CLIPTextConfig.from_dict(config))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"{checkpoint.file}: no {component} can have this config: {reason}"
-        ) from error
+    with (
+        reading(f"{checkpoint.file}: no {component} can have this config"),
+        init_empty_weights(include_buffers=False),
+    ):
+        if component == "unet":
+            return UNet2DConditionModel.from_config(config)
+        if component == "vae":
+            return AutoencoderKL.from_config(config)
+        kind = CLIPTextModelWithProjection if projects else CLIPTextModel
+        return kind(CLIPTextConfig.from_dict(config))
 
 
 def fitting(checkpoint: Checkpoint, component: str, model: nn.Module, tensors: Tensors) -> Tensors:

@@ -20,6 +20,7 @@ from ldm_pipeline.models.original.clip import with_body
 from ldm_pipeline.models.original.families import FIRST, UNET, Family, family_of
 from ldm_pipeline.models.original.names import Tensors
 from ldm_pipeline.models.original.tensors import Stored, stored
+from ldm_pipeline.models.reading import reading
 from ldm_pipeline.models.trust import check_classes
 
 logger = logging.getLogger(__name__)
@@ -180,9 +181,12 @@ def _index(family: Family, channels: int) -> dict[str, Any]:
         contents[part.component] = ["transformers", kind]
         contents[part.tokenizer] = ["transformers", "CLIPTokenizer"]
     empty = ["feature_extractor", "image_encoder"]
-    if len(family.texts) == 1:
+    if not family.is_xl:
         empty.append("safety_checker")
         contents["requires_safety_checker"] = False
+    elif len(family.texts) == 1:
+        empty += ["text_encoder", "tokenizer"]
+        contents |= {"force_zeros_for_empty_prompt": False, "requires_aesthetics_score": True}
     else:
         contents["force_zeros_for_empty_prompt"] = True
     return contents | {each: [None, None] for each in empty}
@@ -219,7 +223,8 @@ def _parts(
         if component in given:
             continue
         prefix = family.prefix(component)
-        layout = family.layout(component, json.loads(files[f"{component}/config.json"]))
+        with reading(f"{file}: no {component} can have this config"):
+            layout = family.layout(component, json.loads(files[f"{component}/config.json"]))
         own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         found = layout.to_diffusers(own)
         if component == "text_encoder":

@@ -18,6 +18,9 @@ from ldm_pipeline.models.original.families import Family, TextPart
 Shapes = Mapping[str, tuple[int, ...]]
 Config = dict[str, Any]
 
+GUIDED = "time_embed.cond_proj.weight"
+"""What a full LCM's UNet has, which is told the guidance."""
+
 
 def unet_config(shapes: Shapes, family: Family, prediction: str) -> Config:
     """The config of the UNet with these shapes."""
@@ -47,6 +50,8 @@ def unet_config(shapes: Shapes, family: Family, prediction: str) -> Config:
     }
     if prediction == "v_prediction" and family.heads is None:
         config["upcast_attention"] = True  # the 768 pixel model overflows in 16 bits without
+    if GUIDED in shapes:
+        config["time_cond_proj_dim"] = shapes[GUIDED][1]
     if "label_emb.0.0.weight" in shapes:
         config |= {
             "addition_embed_type": "text_time",
@@ -118,7 +123,7 @@ def scheduler_config(family: Family, prediction: str, zero_terminal: bool = Fals
         "prediction_type": prediction,
         "steps_offset": 1,
     }
-    if len(family.texts) == 2:
+    if family.is_xl:
         spacing = "trailing" if zero_terminal else "leading"
         config |= {"_class_name": "EulerDiscreteScheduler", "timestep_spacing": spacing}
         return config | ({"rescale_betas_zero_snr": True} if zero_terminal else {})

@@ -33,16 +33,14 @@ def to_file(folder: Path, file: Path) -> tuple[str, ...]:
     """Write the model in `folder` to `file`; the names of the components that it has no place for.
 
     Raises `UserError` for a folder that is not safe or whole, and for networks that have tensors
-    the original layout does not know, such as a guided LCM's.
+    the original layout does not know.
     """
     folders.check(folder, CLASSES)
     contents = folders.index(folder)
-    if "text_encoder" not in components(contents):
-        raise UserError(
-            f"{folder} has no text_encoder: it is SDXL's refiner or a part of a model; keep it as a"
-            " folder"
-        )
-    family = family_for(components(contents), read_json(folder / "text_encoder" / "config.json"))
+    encoders = sorted(name for name in components(contents) if name.startswith("text_encoder"))
+    if not encoders:
+        raise UserError(f"{folder} has no text_encoder: it is a part of a model; keep the folder")
+    family = family_for(components(contents), read_json(folder / encoders[0] / "config.json"))
     tensors: dict[str, Stored] = {}
     bare = []
     for component in family.components:

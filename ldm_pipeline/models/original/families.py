@@ -6,7 +6,7 @@ A family is told from the keys alone: by the text encoders, whose places differ.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from ldm_pipeline.errors import UserError
@@ -57,6 +57,11 @@ class Family:
     scaling: float
     prediction: str
     spec: str
+
+    @property
+    def is_xl(self) -> bool:
+        """Whether an SDXL pipeline draws with it."""
+        return any(part.component == "text_encoder_2" for part in self.texts)
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -115,12 +120,18 @@ SDXL = Family(
     prediction="epsilon",
     spec="stable-diffusion-xl-v1-base",
 )
-FAMILIES = (SD1, SD2, SDXL)
+REFINER = replace(
+    SDXL,
+    name="SDXL's refiner",
+    pipeline="StableDiffusionXLImg2ImgPipeline",
+    texts=(TextPart("text_encoder_2", "conditioner.embedders.0.", open_clip=True, projects=True),),
+    spec="stable-diffusion-xl-v1-refiner",
+)
+FAMILIES = (SD1, SD2, SDXL, REFINER)
 
 _OTHERS = {
     "double_blocks.": "a FLUX model",
     "joint_blocks.": "a Stable Diffusion 3 model",
-    "conditioner.embedders.0.model.": "the SDXL refiner",
     "lora_": "a LoRA: name it with --lora, beside a model",
     ".lora": "a LoRA: name it with --lora, beside a model",
     "control_model.": "a ControlNet",
@@ -148,8 +159,8 @@ def family_of(file: object, keys: Collection[str]) -> Family:
     )
 
 
-def family_for(contents: Mapping[str, Any], encoder: Mapping[str, Any]) -> Family:
-    """The family of a folder, by its `model_index.json` and the config of its text encoder."""
-    if "text_encoder_2" in contents:
-        return SDXL
+def family_for(parts: Collection[str], encoder: Mapping[str, Any]) -> Family:
+    """The family of a folder, by the components it has and the config of its first text encoder."""
+    if "text_encoder_2" in parts:
+        return SDXL if "text_encoder" in parts else REFINER
     return SD1 if encoder.get("hidden_act", "quick_gelu") == "quick_gelu" else SD2

@@ -29,7 +29,8 @@ def vocabulary(file: Path, size: int, folder: Path | None = None) -> Files:
     `folder` is looked into first, and alone where it is given. Raises `UserError` where there is
     none.
     """
-    for place in [folder, folder / "tokenizer"] if folder else _places(file):
+    inside = [folder, folder / "tokenizer", folder / "tokenizer_2"] if folder else []
+    for place in inside or _places(file):
         if (files := _read(place)) and _count(files) == size:
             return files
     if folder is not None:
