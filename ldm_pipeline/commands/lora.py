@@ -36,6 +36,9 @@ from ldm_pipeline.values import DTYPES
 if TYPE_CHECKING:
     from ldm_pipeline.lora.checkpoints import Checkpoint
 
+BASE = "ss_sd_model_name"
+"""What a header calls the base model's name."""
+
 PURPOSE = "convert, merge, resize, extract LoRA files, or look into one"
 
 
@@ -118,8 +121,10 @@ def merge(args: argparse.Namespace) -> None:
     for file, weight in files:
         weights = _settled(_read(file, family), base)
         loras.append((without_dora(weights, base.weight) if base else weights, weight))
-    words = {"merged_from": ", ".join(f"{Path(file).name}:{weight:g}" for file, weight in files)}
-    _write(args, stack(loras), family, {f"modelspec.{name}": text for name, text in words.items()})
+    merged = ", ".join(f"{Path(file).name}:{weight:g}" for file, weight in files)
+    names = {header.texts.get(BASE) for header in headers}
+    known = {BASE: names.pop()} if len(names) == 1 else {}
+    _write(args, stack(loras), family, {"modelspec.merged_from": merged, **known})
 
 
 def resize(args: argparse.Namespace) -> None:
@@ -151,7 +156,7 @@ def extract(args: argparse.Namespace) -> None:
     if made.left_out:
         told += f"; {made.left_out} tensors that no LoRA can hold (biases, norms) differ as well"
     print(told, file=sys.stderr)
-    _write(args, made.weights, family, {})
+    _write(args, made.weights, family, {BASE: Path(args.places[1]).name})
 
 
 def _check_rank(args: argparse.Namespace) -> None:
@@ -182,6 +187,11 @@ def _base(name: str | None) -> Checkpoint | None:
     if name is None:
         return None
     source = find(name)
+    if source.file is not None:
+        raise UserError(
+            f"{name} is a single file, and a model's folder is needed; ldm convert {name} FOLDER"
+            " makes one"
+        )
     folder = source.folder or cached(source.name)
     if folder is None:
         raise UserError(f"{name} is not in the cache; ldm generate downloads it")
@@ -222,6 +232,8 @@ def _write(
         tensors = {key: tensor.to(dtype) for key, tensor in weights.tensors.items()}
         weights = replace(weights, tensors=tensors)
     notes = {"ss_output_name": args.out.stem, **carried(texts)}
+    if family is not None:
+        notes["ss_base_model_version"] = family.version
     print(save(args.out, weights, notes, args.to, family))
 
 

@@ -317,15 +317,15 @@ class AdapterObjective(nn.Module, ABC):
 
     def export(self, folder: Path, updates: int) -> None:
         """Write the adapter, as stock diffusers reads it at least, and its model card."""
-        weights, samples = self.adapter.weights(), len(self.data.samples)
-        write_formats(folder, self.config, weights, self._notes(), self.family, samples, updates)
+        weights, seen = self.adapter.weights(), self.data.samples
+        write_formats(folder, self.config, weights, self._notes(), self.family, seen, updates)
         picture = self.picture()
         if picture is not None:
             picture.save(folder / PICTURES)
         card = model_card(
             self.config,
             self.config.model,
-            samples,
+            len(seen),
             updates,
             picture is not None,
             self.conditioning.tag,

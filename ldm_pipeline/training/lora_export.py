@@ -3,11 +3,15 @@
 pytorch_lora_weights.safetensors    diffusers' layout, which is always there
 kohya.safetensors                   kohya's, with the run's record in its header
 peft/                               PEFT's, a folder for each component
+
+The headers of all of them name the base model and the words of the captions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +22,12 @@ from ldm_pipeline.lora.layouts.families import FAMILIES, Family
 from ldm_pipeline.lora.layouts.sgm_names import LAYERS
 from ldm_pipeline.lora.weights import LoraWeights
 from ldm_pipeline.training.adapter_config import AdapterConfig
+from ldm_pipeline.training.captioned import Sample
 
 PLACES = {"diffusers": files.FILE_NAME, "kohya": "kohya.safetensors", "peft": "peft"}
+
+MOST_TAGS = 200
+"""So many of the commonest tags are in a header."""
 
 
 def check_formats(config: AdapterConfig, weights: LoraWeights, family: Family, unet: Any) -> None:
@@ -43,13 +51,14 @@ def write_formats(
     weights: LoraWeights,
     notes: Mapping[str, str],
     family: Family,
-    samples: int,
+    samples: Sequence[Sample],
     updates: int,
 ) -> None:
     """Write `weights` into `folder`; `notes` are what the header says besides."""
+    known = {**origin(config.model, family, samples), **notes}
     for layout in dict.fromkeys(("diffusers", *config.lora.formats)):
-        told = {**record(config, samples, updates), **notes} if layout == "kohya" else notes
-        files.save(folder / PLACES[layout], weights, told, layout, family)
+        run = record(config, len(samples), updates) if layout == "kohya" else {}
+        files.save(folder / PLACES[layout], weights, {**run, **known}, layout, family)
 
 
 def family_of_unet(config: Any, prediction: str) -> Family:
@@ -61,13 +70,25 @@ def family_of_unet(config: Any, prediction: str) -> Family:
     return FAMILIES["sd2-v" if prediction == "v_prediction" else "sd2"]
 
 
+def origin(model: str, family: Family, samples: Sequence[Sample]) -> dict[str, str]:
+    """What every header says of where an adapter comes from, under kohya's names: its base, and how
+    often each tag (what stands between commas) is in the captions."""
+    captions = [text for sample in samples for text in sample.item.captions]
+    tags = Counter(tag.strip() for text in captions for tag in text.split(",") if tag.strip())
+    counts = {"captions": dict(tags.most_common(MOST_TAGS))}
+    return {
+        "ss_sd_model_name": model,
+        "ss_base_model_version": family.version,
+        **({"ss_tag_frequency": json.dumps(counts, ensure_ascii=False)} if tags else {}),
+    }
+
+
 def record(config: AdapterConfig, samples: int, updates: int) -> dict[str, str]:
     """What kohya's header says of a run: ss_*, each a text. `steps` were made, of `max_train_steps`
     that were asked for (or were made, where fewer are asked for now)."""
     run, optimiser = config.run, config.optimiser
     told = {
         "output_name": run.out.name,
-        "sd_model_name": config.model,
         "seed": run.seed,
         "steps": updates,
         "max_train_steps": max(run.steps, updates),

@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import save_file
 
 from ldm_pipeline.cli import main
+from ldm_pipeline.commands import lora as command
+from ldm_pipeline.commands.sources import Source
 from ldm_pipeline.lora.deltas import product
 from ldm_pipeline.lora.files import inspect, load, save
 from ldm_pipeline.lora.layouts.families import FAMILIES
@@ -162,9 +164,31 @@ def test_files_are_merged_into_a_model_and_extracted_again(
     code, out, err = ldm("extract", "new", "model", "--rank", "3", "--out", "back.safetensors")
     assert (code, out) == (0, "back.safetensors\n")
     assert "100.00 % of the energy kept" in err
+    assert "base model: model" in ldm("info", "back.safetensors")[1]
     before, after = load(style), load("back.safetensors")
     for place in before.modules():
         assert torch.allclose(product(after, *place), 0.5 * product(before, *place), atol=1e-5)
+
+
+def test_the_base_that_merged_files_share_is_named(ldm: Ldm, tmp_path: Path) -> None:
+    """And where they differ or one of them says none, none is."""
+    for name, base in (("a", "v1-5"), ("b", "v1-5"), ("c", "v1-4"), ("d", None)):
+        notes = {} if base is None else {"ss_sd_model_name": base}
+        save(tmp_path / f"{name}.safetensors", lora(sd1(), every=30), notes)
+    for other, told in (("b", "v1-5, Stable Diffusion 1.x"), ("c", "Stable"), ("d", "Stable")):
+        out = f"a{other}.safetensors"
+        flags = ("--out", out, "--base", "sd1")
+        assert ldm("merge", "a.safetensors", f"{other}.safetensors", *flags)[0] == 0
+        assert f"base model: {told}" in ldm("info", out)[1]
+
+
+def test_a_single_file_is_to_be_made_a_folder(
+    ldm: Ldm, style: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(command, "find", lambda name: Source(name, None, Path(name)))
+    code, _, err = ldm("info", style, "--model", "model.safetensors")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "ldm convert model.safetensors FOLDER" in err
 
 
 def test_dora_is_merged_where_the_model_is_named(ldm: Ldm, style: str, tmp_path: Path) -> None:

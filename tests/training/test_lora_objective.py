@@ -19,11 +19,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ldm_pipeline import LatentDiffusionPipeline
+from ldm_pipeline.commands.lora_info import describe
 from ldm_pipeline.data import captioned as dataset
 from ldm_pipeline.diffusion.losses import Loss, denoising_errors, loss_weights
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.attach import attach
-from ldm_pipeline.lora.files import inspect
+from ldm_pipeline.lora.files import inspect, load_whole
 from ldm_pipeline.models import autoencoder, text
 from ldm_pipeline.models.unet import bind
 from ldm_pipeline.training import checkpoint
@@ -337,6 +338,9 @@ def test_every_format_draws_what_was_trained(folder: Path, opened: Counted, tiny
         else:
             stock.load_lora_weights(place)
         assert (drawn(stock) - trained).abs().max() <= 1e-6, name
+        told = "\n".join(describe(inspect(place), load_whole(place)))
+        assert "base model: bundled, Stable Diffusion 1.x" in told, name
+        assert "trained words: red (6), blue (6), 0 (1)" in told, name
     texts = inspect(folder.parent / "out" / "kohya.safetensors").texts
     assert (texts["ss_steps"], texts["ss_max_train_steps"]) == ("5", "6")
     assert texts["ss_base_model_version"] == "sd_v1"

@@ -54,7 +54,9 @@ def _eager(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(
         torch,
         "compile",
-        lambda module, dynamic, options: compile_it(module, dynamic=dynamic, backend="eager"),
+        lambda module, dynamic, options: compile_it(
+            module, dynamic=dynamic, backend="eager", fullgraph=True
+        ),
     )
     torch._dynamo.reset()
     counters.clear()
