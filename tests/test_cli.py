@@ -128,6 +128,8 @@ REFUSED = {
     "evaluate --sampler eular": "--sampler='eular'",
     "evaluate --eta 0.5": "--eta=0.5 does nothing here",
     "evaluate --model ./nowhere": "nowhere",
+    "generate x --image /dev/zero": "is no file; name a picture",
+    "convert /dev/zero out": "is a file, but no .safetensors",
 }
 
 

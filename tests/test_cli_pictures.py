@@ -38,7 +38,7 @@ REFUSED = {
     "generate x --image a.png --strength much": "--strength",
     "generate x --image nowhere.png": "--image=nowhere.png: there is no such file",
     "generate x --image a.png --mask nowhere.png": "--mask=nowhere.png: there is no such file",
-    "generate x --image .": "--image=.: Is a directory",
+    "generate x --image .": "--image=. is no file",
     "generate x --image words.txt": "--image=words.txt: ",
     "generate x --image cut.png": "--image=cut.png: truncated or damaged",
     "generate x --image a.png --mask words.txt": "--mask=words.txt: ",

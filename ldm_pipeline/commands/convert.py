@@ -9,6 +9,9 @@ from pathlib import Path
 from ldm_pipeline.commands.sources import BUNDLED
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import bundled
+from ldm_pipeline.models.headers import read_header
+from ldm_pipeline.models.original.checkpoint import check_name
+from ldm_pipeline.models.original.families import family_of
 
 PURPOSE = "turn a model folder into one file in the original layout, or back"
 
@@ -37,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     if str(source) == BUNDLED and not source.exists():
         source = bundled.folder()
     check(args, source, target)
-    # Only now: these read files, and the second imports torch.
+    # Only now: torch is imported.
     from ldm_pipeline.models.original import convert
 
     if source.is_dir():
@@ -63,9 +66,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def check(args: argparse.Namespace, source: Path, target: Path) -> None:
-    """Refuse what cannot be converted, by names alone."""
+    """Refuse what cannot be converted, by names and by a file's header."""
     if not source.exists():
         raise UserError(f"there is no {source}; convert takes a folder, bundled or a .safetensors")
+    if not source.is_dir():
+        check_name(source)
+        family_of(source, read_header(source).shapes)
     if target.exists():
         raise UserError(f"{target} is there already; name another, or move it away")
     if not target.absolute().parent.is_dir():

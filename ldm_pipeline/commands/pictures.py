@@ -180,6 +180,8 @@ def read_sides(text: str | None) -> tuple[int, int, int, int]:
 def _contents(flag: str, path: Path) -> bytes:
     if not path.exists():
         raise UserError(f"{flag}={path}: there is no such file; a prompt stands before {flag}")
+    if not (path.is_file() or path.is_fifo()):  # a device may have no end
+        raise UserError(f"{flag}={path} is no file; name a picture")
     try:
         return path.read_bytes()
     except OSError as error:

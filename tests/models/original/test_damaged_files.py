@@ -1,6 +1,6 @@
 """Damaged single files end in our error or in a model, and in nothing between.
 
-40 mutants in every run; as many as LDM_MUTATIONS says in a long one:
+24 mutants in every run; as many as LDM_MUTATIONS says in a long one:
 
     LDM_MUTATIONS=2000 pytest tests/models/original/test_damaged_files.py
 """
@@ -25,7 +25,7 @@ from ldm_pipeline.models.original.convert import to_file
 from tests.models.original.models import pipeline, plain
 from tests.mutations import VALUES, Mutation, cut, entry, flip, header_of, values, with_header
 
-COUNT = int(os.environ.get("LDM_MUTATIONS", "40"))
+COUNT = int(os.environ.get("LDM_MUTATIONS", "24"))
 KINDS = ("sd1", "refiner")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import socket
 import zlib
@@ -280,6 +281,29 @@ def test_the_letters_of_clip() -> None:
     letters = tokenizers._letters()
     assert len(letters) == 256
     assert set(letters) == set(ByteLevel.alphabet())
+
+
+def test_the_vocabulary_that_open_clip_brings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is read, and none of its code: the package here would end the tests."""
+    from transformers import CLIPTokenizer
+
+    package = tmp_path / "open_clip"
+    package.mkdir()
+    (package / "__init__.py").write_text("raise SystemExit")
+    with gzip.open(package / tokenizers._OPEN_CLIP, "wt", encoding="utf-8") as lines:
+        lines.write("version\nr e\nre d</w>\nx y\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(tokenizers, "_MERGES", 2)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    files = tokenizers.vocabulary(tmp_path / "a.safetensors", 2 * 256 + 2 + 2, None)
+    for name, text in files.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    read = CLIPTokenizer.from_pretrained(tmp_path, pad_token="!")
+    assert read.convert_ids_to_tokens(read("red e").input_ids) == [
+        "<|startoftext|>", "red</w>", "e</w>", "<|endoftext|>",
+    ]  # fmt: skip
 
 
 def test_real_sizes_give_the_known_config() -> None:
