@@ -1,7 +1,8 @@
 """How fast a LoRA is trained, ours against the usual way, on this machine. Run by hand:
 
     python -m benchmarks.train_throughput [--model DIR | sd15] [--side 128] [--batch 8]
-                                          [--steps 8] [--rounds 3] [--precision auto] [--compile]
+                                          [--pictures 64] [--steps 8] [--rounds 3]
+                                          [--precision auto] [--compile]
 
 One model, one folder of pictures, one adapter's shape; each way in a process of its own, which take
 turns: only one computes at a time. *Usual* is `benchmarks/usual_lora.py`. *Ours* takes latents and
@@ -46,7 +47,7 @@ from ldm_pipeline.training.lora import LoraConfig, LoraObjective
 from ldm_pipeline.training.start import precision
 from ldm_pipeline.training.updates import Gradients, Guard, build_optimiser, leave_out
 
-PICTURES, RANK = 64, 8
+RANK = 8
 STAGES = ("data", "forward", "backward", "update")
 Way = tuple[Callable[[int], Step], dict[str, float]]
 """A step by its number, and what is known of it beforehand."""
@@ -103,15 +104,17 @@ def ours(args: argparse.Namespace, folder: Path, *, quick: bool = False) -> Way:
         optimiser.step()
         yield "update"
 
-    flops = 0 if quick else flops_of(objective, args.batch)
+    flops = 0 if quick else flops_of(objective, args.batch, half)
     return step, {"encoding": encoding, "flops": flops}
 
 
-def flops_of(objective: LoraObjective, batch: int) -> float:
+def flops_of(objective: LoraObjective, batch: int, half: bool) -> float:
     """Floating-point operations of the UNet's forward and backward pass, for one picture."""
     samples = objective.batch(range(batch))
     with FlopCounterMode(display=False) as counter:
-        objective(samples)["loss"].backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            losses = objective(samples)
+        losses["loss"].backward()
     return counter.get_total_flops() / batch
 
 
@@ -124,16 +127,15 @@ def compiled(args: argparse.Namespace, folder: Path) -> Way:
 
 
 def encoded(args: argparse.Namespace, folder: Path) -> float:
-    """Seconds for a picture and its caption, into a cache of their own."""
+    """Seconds for a picture and its caption, into the caches; the first way to ask fills them."""
     config = config_of(args, folder)
-    settings = config.data.model_copy(update={"cache": folder / "another cache"})
     pipe = opened(args.model, torch.float32)
     half = precision(args.precision, "cpu")
-    data = Captioned(settings, config.run.seed, args.batch, half)
+    data = Captioned(config.data, config.run.seed, args.batch, half)
     began = time.perf_counter()
     data.latents(pipe.vae, ALONE)
     cached_texts(data.texts(), data.cache, conditioning_of(pipe), ALONE)
-    return (time.perf_counter() - began) / PICTURES
+    return (time.perf_counter() - began) / args.pictures
 
 
 def usual(args: argparse.Namespace, folder: Path) -> Way:
@@ -186,6 +188,7 @@ def main() -> None:
     parser.add_argument("--model", default="bundled", help="a folder, or sd15 (%(default)s)")
     parser.add_argument("--side", type=int, default=128, help="of the pictures (%(default)s)")
     parser.add_argument("--batch", type=int, default=8, help="(%(default)s)")
+    parser.add_argument("--pictures", type=int, default=64, help="of the folder (%(default)s)")
     parser.add_argument("--steps", type=int, default=8, help="in a round (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="(%(default)s)")
     parser.add_argument(
@@ -203,7 +206,7 @@ def main() -> None:
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in makes}
     with tempfile.TemporaryDirectory() as place:
         args.folder = Path(place)
-        write_folder(args.folder / "pictures", PICTURES, 0, "train")
+        write_folder(args.folder / "pictures", args.pictures, 0, "train")
         for name, make in makes.items():
             lines[name], far = processes.Pipe()
             processes.Process(target=serve, args=(far, make, args), daemon=True).start()

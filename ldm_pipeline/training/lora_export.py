@@ -10,6 +10,7 @@ The headers of all of them name the base model and the words of the captions.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from ldm_pipeline.training.adapter_config import AdapterConfig
 from ldm_pipeline.training.captioned import Sample
 
 PLACES = {"diffusers": files.FILE_NAME, "kohya": "kohya.safetensors", "peft": "peft"}
+
+WORD = re.compile(r"\w[\w'-]*")
 
 MOST_TAGS = 200
 """So many of the commonest tags are in a header."""
@@ -71,16 +74,26 @@ def family_of_unet(config: Any, prediction: str) -> Family:
 
 
 def origin(model: str, family: Family, samples: Sequence[Sample]) -> dict[str, str]:
-    """What every header says of where an adapter comes from, under kohya's names: its base, and how
-    often each tag (what stands between commas) is in the captions."""
+    """What every header says of where an adapter comes from, under kohya's names: its base, the
+    words that all captions share, and how often each tag (what stands between commas) occurs."""
     captions = [text for sample in samples for text in sample.item.captions]
     tags = Counter(tag.strip() for text in captions for tag in text.split(",") if tag.strip())
     counts = {"captions": dict(tags.most_common(MOST_TAGS))}
+    words = {
+        "modelspec.trigger_phrase": shared_words(captions),
+        "ss_tag_frequency": json.dumps(counts, ensure_ascii=False) if tags else "",
+    }
     return {
         "ss_sd_model_name": model,
         "ss_base_model_version": family.version,
-        **({"ss_tag_frequency": json.dumps(counts, ensure_ascii=False)} if tags else {}),
+        **{name: text for name, text in words.items() if text},
     }
+
+
+def shared_words(captions: Sequence[str]) -> str:
+    """The words of the first caption that are in every other one, too."""
+    first, *others = [WORD.findall(caption) for caption in captions] or [[]]
+    return " ".join(word for word in first if all(word in other for other in others))
 
 
 def record(config: AdapterConfig, samples: int, updates: int) -> dict[str, str]:

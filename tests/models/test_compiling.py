@@ -21,7 +21,7 @@ from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.few_steps import few_step_unet
 from ldm_pipeline.lora.files import save
 from ldm_pipeline.lora.fusing import Fused
-from ldm_pipeline.lora.inject import inject
+from ldm_pipeline.lora.inject import inject, without_input_casts
 from ldm_pipeline.lora.targets import LoraSettings
 from ldm_pipeline.models import compiling
 from tests.conftest import tiny_unet
@@ -165,3 +165,30 @@ def test_a_second_process_finds_what_the_first_one_compiled(place: Path) -> None
         )
         assert (hits > 0) is found
     assert any(place.rglob("*"))
+
+
+@pytest.mark.usefixtures("_eager")
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "bf16"])
+def test_a_step_of_training_is_captured_block_by_block(half: bool) -> None:
+    """Adapted blocks are one graph each, without a break, and have the gradients of plain ones."""
+    unet = tiny_unet()
+    adapter = inject({"unet": unet}, LoraSettings("attention+feedforward"), seed=0)
+    for name, value in adapter.parameters.items():
+        if name.endswith("lora_B.weight"):
+            torch.nn.init.normal_(value, std=0.3)
+    x, embeds = torch.randn(2, 4, 16, 16), torch.randn(2, 7, 32)
+
+    def gradients() -> list[Tensor]:
+        unet.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half), without_input_casts(adapter):
+            answer = unet(x, torch.tensor([3, 700]), encoder_hidden_states=embeds).sample
+        answer.float().square().mean().backward()
+        return [p.grad.clone() for p in adapter.parameters.values() if p.grad is not None]
+
+    plain = gradients()
+    compiling.compile_blocks(unet, True)
+    captured = gradients()
+    assert counters["stats"]["unique_graphs"] > 0
+    assert not counters["graph_break"]
+    assert len(plain) == len(captured) == len(adapter.parameters)
+    assert all(map(torch.equal, plain, captured))
