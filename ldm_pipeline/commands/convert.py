@@ -69,9 +69,6 @@ def check(args: argparse.Namespace, source: Path, target: Path) -> None:
     """Refuse what cannot be converted, by names and by a file's header."""
     if not source.exists():
         raise UserError(f"there is no {source}; convert takes a folder, bundled or a .safetensors")
-    if not source.is_dir():
-        check_name(source)
-        family_of(source, read_header(source).shapes)
     if target.exists():
         raise UserError(f"{target} is there already; name another, or move it away")
     if not target.absolute().parent.is_dir():
@@ -82,3 +79,6 @@ def check(args: argparse.Namespace, source: Path, target: Path) -> None:
         raise UserError(f"{target} must be a folder: a file is converted to one")
     if source.is_dir() and (args.tokenizer or args.prediction_type):
         raise UserError("--tokenizer and --prediction-type are for files; a folder has them itself")
+    if not source.is_dir():
+        check_name(source)
+        family_of(source, read_header(source).shapes)
