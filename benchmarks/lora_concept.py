@@ -2,8 +2,8 @@
 
     python benchmarks/lora_concept.py [cactus|comic] [--prompts 100] [--config FILE]
 
-Writes the concept's folder, trains a LoRA as the configuration says, and has the judge read what is
-drawn with and without it:
+Writes the concept's folder and one of ordinary pictures, trains a LoRA as the configuration says,
+and has the judge read what is drawn with and without it:
 
     concept     prompts that put it in colours, places and company that no training picture showed:
                 how often it appears (aim 0.90)
@@ -28,7 +28,7 @@ import torch
 
 from ldm_pipeline import LatentDiffusionPipeline, load
 from ldm_pipeline.commands.steps import BUNDLED_GUIDANCE
-from ldm_pipeline.data.world import World
+from ldm_pipeline.data.world import World, write_folder
 from ldm_pipeline.data.world.concepts import CONCEPTS, write_concept
 from ldm_pipeline.evaluation.concept import measure_concept
 from ldm_pipeline.evaluation.metrics import Share
@@ -39,6 +39,7 @@ from ldm_pipeline.training.engine import fit
 from ldm_pipeline.training.lora import LoraConfig, LoraObjective
 
 BATCH = 16
+ORDINARY = 600  # pictures of the world beside the concept's, as in the configuration's first lines
 
 
 def opened(source: str, dtype: torch.dtype) -> LatentDiffusionPipeline:
@@ -73,7 +74,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_concept(folder / "pictures", args.name, 24)
+        write_folder(folder / "world", ORDINARY, seed=1)
         told = ["--data.source", str(folder / "pictures"), "--data.cache", str(folder / "cache")]
+        told += ["--data.regularisation", str(folder / "world")]
         out = ["--run.out", str(folder / "run")]
         config = parse(LoraConfig, ["--config", args.config, *told, *out, *more])
         began = time.perf_counter()

@@ -39,7 +39,7 @@ FLOORS = {
 """What a good model of the world reaches; the autoencoder's is `PSNR_FLOOR`."""
 PSNR_FLOOR = 30.0
 UNSEEN_SHARE = 0.4
-RECONSTRUCTED = 200
+RECONSTRUCTED = 500
 GRID = 36
 
 

@@ -17,6 +17,7 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ldm_pipeline.data.world import write_folder
 from ldm_pipeline.data.world.concepts import write_concept
 from ldm_pipeline.lora.files import FILE_NAME
 from ldm_pipeline.training import checkpoint
@@ -198,6 +199,7 @@ def test_the_command_of_the_readme_trains_as_it_is_typed(
     for name in ("train", "configs"):
         (tmp_path / name).symlink_to(ROOT / name)
     write_concept(tmp_path / "cactus", "cactus", 4)
+    write_folder(tmp_path / "world", 4)
     typed = "train/train_lora.py --config configs/lora_tiny.yaml --run.steps 2"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
     environment |= {"HF_HOME": str(tmp_path / "hf"), "OMP_NUM_THREADS": "1"}  # no settings of ours
