@@ -20,8 +20,8 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 SCRIPTS = sorted((ROOT / "train").glob("*.py"))
 
 SHARED = {
-    "", "errors", "grid", "images", "memory", "replacing", "request", "request_xl", "too_large",
-    "values",
+    "", "caches", "errors", "grid", "images", "memory", "replacing", "request", "request_xl",
+    "too_large", "values",
 }  # fmt: skip
 """What any layer but the core may use: values, errors, pictures."""
 
@@ -61,6 +61,7 @@ ALLOWED = {
     "picture_files": {"metadata", *SHARED},
     "grid": SHARED,
     "memory": {"errors", "values"},
+    "caches": set(),
     "replacing": {"errors"},
     "too_large": {"errors"},
     "values": {"errors"},

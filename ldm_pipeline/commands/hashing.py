@@ -14,6 +14,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+from ldm_pipeline.caches import user_cache
 from ldm_pipeline.replacing import temporary_name
 
 LARGE = 2**26
@@ -24,9 +25,8 @@ TICK = 2 * 10**9
 
 
 def folder() -> Path:
-    """Where digests are kept: in the user's cache (XDG_CACHE_HOME)."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "ldm-pipeline" / "digests"
+    """Where digests are kept."""
+    return user_cache("digests")
 
 
 def of_bytes(contents: bytes) -> str:

@@ -17,6 +17,7 @@ import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
+from ldm_pipeline.caches import user_cache
 from ldm_pipeline.errors import UserError
 
 SETTING = "TORCHINDUCTOR_CACHE_DIR"
@@ -25,11 +26,10 @@ BACKEND = "inductor"
 
 def folder() -> Path:
     """Where compiled code is kept: what TORCHINDUCTOR_CACHE_DIR says, or a folder of our own in the
-    user's cache (XDG_CACHE_HOME). Its contents are run, so it is nobody else's to write."""
+    user's cache. Its contents are run, so it is nobody else's to write."""
     if told := os.environ.get(SETTING):
         return Path(told)
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "ldm-pipeline" / "compiled"
+    return user_cache("compiled")
 
 
 def check(device: torch.device) -> None:
