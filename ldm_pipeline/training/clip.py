@@ -49,6 +49,8 @@ from ldm_pipeline.training.tokenizer import train_tokenizer
 from ldm_pipeline.training.world_data import WorldSettings, as_tensor
 
 SIDE = 128
+LENGTHS = 4
+"""Groups of captions of a batch, by length; each is read as far as its longest goes."""
 
 
 class ClipSettings(ShapeSettings):
@@ -180,9 +182,14 @@ class ClipObjective(nn.Module):
 
     def read(self, tokens: Tensor) -> Tensor:
         """Unit vectors of captions [N, L], [N, P] in float32."""
-        used = int((tokens != tokens[0, -1]).sum(1).max()) + 1  # what follows is padding
-        read = self.clip.get_text_features(input_ids=tokens[:, :used]).pooler_output
-        return F.normalize(read.float(), dim=-1)
+        used = (tokens != tokens[0, -1]).sum(1) + 1  # what follows is padding
+        order = used.argsort()  # the longest caption is twice the mean: few wait for it
+        read = [
+            self.clip.get_text_features(input_ids=tokens[some, : int(used[some].max())])
+            for some in order.chunk(LENGTHS)
+        ]
+        vectors = torch.cat([some.pooler_output for some in read])[order.argsort()]
+        return F.normalize(vectors.float(), dim=-1)
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ldm_pipeline.training.start import precision
 
 MOMENTUM = 0.95
 RMS = 0.2
@@ -85,9 +88,11 @@ class Muon(torch.optim.Optimizer):
 def orthogonal(m: Tensor, steps: int = 5) -> Tensor:
     """Matrices [N, r, c] with nearly the singular vectors of `m` and singular values near 1.
 
-    The Newton-Schulz iteration with Jordan's quintic, in bfloat16: values end within 0.7 to 1.2.
+    The Newton-Schulz iteration with Jordan's quintic: values end within 0.7 to 1.2. It computes in
+    bfloat16 where the hardware multiplies it, else in float32: emulated, it took four fifths of a
+    training step.
     """
-    x = m.bfloat16()
+    x = m.to(_precision(m.device.type))
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
@@ -95,3 +100,8 @@ def orthogonal(m: Tensor, steps: int = 5) -> Tensor:
         gram = x @ x.mT
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
     return (x.mT if tall else x).to(m.dtype)
+
+
+@cache
+def _precision(device: str) -> torch.dtype:
+    return torch.bfloat16 if precision("auto", device) == "bf16" else torch.float32
