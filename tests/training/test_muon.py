@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
+from ldm_pipeline.training import muon
 from ldm_pipeline.training.config import OptimiserSettings
 from ldm_pipeline.training.muon import RMS, orthogonal
 from ldm_pipeline.training.updates import build_optimiser
@@ -31,6 +35,30 @@ def test_singular_values_become_alike(shape: tuple[int, int]) -> None:
     inside = u.mT @ made @ vh.mT
     off = inside - torch.diag_embed(inside.diagonal(dim1=-2, dim2=-1))
     assert off.abs().max() < 0.1
+
+
+@pytest.mark.parametrize("able", [False, True])
+def test_bfloat16_where_the_hardware_multiplies_it_alone(
+    able: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": able})
+    multiplied = set()
+
+    class Watch(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            if func is torch.Tensor.__matmul__ or func is torch.Tensor.matmul:
+                multiplied.add(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    muon._precision.cache_clear()
+    try:
+        with Watch():
+            orthogonal(torch.randn(1, 8, 16))
+    finally:
+        muon._precision.cache_clear()
+    assert multiplied == {torch.bfloat16 if able else torch.float32}
 
 
 def test_updates_have_the_size_that_the_rate_says() -> None:
