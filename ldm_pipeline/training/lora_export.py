@@ -74,8 +74,9 @@ def family_of_unet(config: Any, prediction: str) -> Family:
 
 
 def origin(model: str, family: Family, samples: Sequence[Sample]) -> dict[str, str]:
-    """What every header says of where an adapter comes from, under kohya's names: its base, the
-    words that all captions share, and how often each tag (what stands between commas) occurs."""
+    """What every header says of where an adapter comes from, under kohya's names: its base (of a
+    folder or a file the name alone, not whose machine it is on), the words that all captions share,
+    and how often each tag (what stands between commas) occurs."""
     captions = [text for sample in samples for text in sample.item.captions]
     tags = Counter(tag.strip() for text in captions for tag in text.split(",") if tag.strip())
     counts = {"captions": dict(tags.most_common(MOST_TAGS))}
@@ -84,7 +85,7 @@ def origin(model: str, family: Family, samples: Sequence[Sample]) -> dict[str, s
         "ss_tag_frequency": json.dumps(counts, ensure_ascii=False) if tags else "",
     }
     return {
-        "ss_sd_model_name": model,
+        "ss_sd_model_name": Path(model).resolve().name if Path(model).exists() else model,
         "ss_base_model_version": family.version,
         **{name: text for name, text in words.items() if text},
     }

@@ -26,12 +26,14 @@ from ldm_pipeline.diffusion.losses import Loss, denoising_errors, loss_weights
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.attach import attach
 from ldm_pipeline.lora.files import inspect, load_whole
+from ldm_pipeline.lora.layouts.families import FAMILIES
 from ldm_pipeline.models import autoencoder, text
 from ldm_pipeline.models.unet import bind
 from ldm_pipeline.training import checkpoint
 from ldm_pipeline.training.captioned import Captioned, Sample
 from ldm_pipeline.training.engine import Interrupted, fit
 from ldm_pipeline.training.lora import LoraConfig, LoraObjective
+from ldm_pipeline.training.lora_export import origin
 from ldm_pipeline.training.objective import Batch
 from tests.training import laws
 from tests.training.conftest import captioned
@@ -348,6 +350,22 @@ def test_every_format_draws_what_was_trained(folder: Path, opened: Counted, tiny
     assert float(texts["ss_learning_rate"]) == 1e-2
     counts = json.loads(texts["ss_tag_frequency"])["captions"]
     assert (counts["red"], counts["blue"], len(counts)) == (6, 6, 8), "the held-out one is not seen"
+
+
+def test_a_header_says_which_model_but_not_where_it_lies(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "mine").mkdir(parents=True)
+    (tmp_path / "mine.safetensors").touch()
+    for model, named in [
+        ("models/mine", "mine"),
+        (str(tmp_path / "models" / "mine"), "mine"),
+        ("./mine.safetensors", "mine.safetensors"),
+        ("owner/name", "owner/name"),
+        ("bundled", "bundled"),
+    ]:
+        assert origin(model, FAMILIES["sd1"], [])["ss_sd_model_name"] == named
 
 
 def test_stock_diffusers_draws_what_was_trained(folder: Path, opened: Counted, tiny: Any) -> None:
