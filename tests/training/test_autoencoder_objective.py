@@ -134,6 +134,28 @@ def test_the_loss_in_closed_form(objective: AutoencoderObjective) -> None:
     assert torch.allclose(known.z, m + s * batch["noise"], rtol=1e-6)  # one rounding
 
 
+def test_the_decoder_sees_noise_up_to_the_share_asked_for(
+    autoencoder_config: AutoencoderConfig,
+) -> None:
+    """Uniform levels: the mean square is a third of the greatest; in units of the latents' spread
+    when they are decoded."""
+    asked = autoencoder_config.model_copy(update={"latent_noise": 0.3})
+    objective, plain = AutoencoderObjective(asked), AutoencoderObjective(autoencoder_config)
+    assert "extra" not in plain.batch(range(4))
+    batch = objective.batch(range(400))
+    levels = batch["extra"].square().mean(dim=(1, 2, 3)).sqrt()
+    assert levels.max() < 0.3 * 1.3  # of 64 numbers each
+    assert float(levels.square().mean()) == pytest.approx(0.3**2 / 3, rel=0.15)
+    few = objective.batch(range(2))
+    decoded: list[torch.Tensor] = []
+    objective.vae.post_quant_conv.register_forward_pre_hook(lambda _, z: decoded.append(*z))
+    with torch.no_grad():
+        objective(few)
+        objective({**few, "extra": torch.zeros_like(few["extra"])})
+        spread = objective.vae.encode(few["x"]).latent_dist.mean.std()
+    assert torch.allclose(decoded[0] - decoded[1], spread * few["extra"], atol=1e-5)
+
+
 def test_psnr_in_closed_form() -> None:
     """A constant error e on a peak of 2 is 20 log10(2 / e) dB, per picture."""
     x = torch.zeros(2, 3, 8, 8)

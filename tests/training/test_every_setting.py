@@ -455,6 +455,7 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "first_steps": Change(batch, 9),
         "around_things": Change(batch, 0.0),
         "decoder_only": Change(trained, True, {"begin_from": "autoencoder"}),
+        "latent_noise": Change(batch, 0.3),
     },
     SmallDecoderConfig: {
         "run.seed": Change(batch, 1),
