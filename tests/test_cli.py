@@ -410,6 +410,29 @@ def test_info_counts_what_torch_counts(ldm: Ldm, model: Path, tiny: Callable[...
     assert "safety_checker" not in rows
 
 
+def test_a_model_of_the_hub_is_the_snapshot_that_its_cache_opens(
+    ldm: Ldm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever the cache lies, the one that `main` stands for, not the newest; and no name that
+    the hub would refuse is looked for."""
+    cache = tmp_path / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    for revision in ("first", "second"):
+        snapshot = cache / "models--somebody--model" / "snapshots" / revision
+        snapshot.mkdir(parents=True)
+        (snapshot / "model_index.json").write_text(json.dumps({"_class_name": revision}))
+        (snapshot / "README.md").write_text(f"---\nlicense: {revision}\n---\n")
+    assert ldm("info", "somebody/model")[0] == 2
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("first")
+    code, out, _ = ldm("info", "somebody/model")
+    assert code == 0
+    assert "licence: first" in out
+    code, _, err = ldm("info", "somebody/a--model")
+    assert code == 2
+    assert "Cannot have -- or .. in repo_id" in err
+
+
 def test_dataset_writes_an_image_folder(ldm: Ldm, tmp_path: Path) -> None:
     assert ldm("dataset", "world", "--out", "new", "--n", "3", "--seed", "1")[:2] == (0, "new\n")
     rows = [json.loads(line) for line in (tmp_path / "new/metadata.jsonl").read_text().splitlines()]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import constants
 
 from ldm_pipeline.commands.steps import settle_steps
 from ldm_pipeline.errors import UserError
@@ -55,26 +56,29 @@ def test_of_a_hub_model_they_are_the_same_before_it_was_ever_downloaded(
     """What it says of itself is fetched first, once, and nothing else of it; offline it is refused,
     unless it is in the cache."""
     snapshot = tmp_path / "models--somebody--model" / "snapshots" / ("a" * 40)
+    refs = snapshot.parent.parent / "refs"
     write(tmp_path / "hub", index={"_class_name": kind}, unet={"time_cond_proj_dim": 256})
     asked: list[str] = []
 
     def download(hub_id: str, name: str) -> str:
         assert hub_id == "somebody/model"
         asked.append(name)
-        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        for file in (snapshot / name, refs / "main"):
+            file.parent.mkdir(parents=True, exist_ok=True)
         (snapshot / name).write_bytes((tmp_path / "hub" / name).read_bytes())
+        (refs / "main").write_text(snapshot.name)
         return str(snapshot / name)
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match="not in the cache: HF_HUB_OFFLINE forbids downloading it"):
         settled("somebody/model")
-    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     first = settled("somebody/model"), settled("somebody/model", lcm=True)
     assert first == ((25, FAMILIES[kind][0]), (4, FAMILIES[kind][0]))
     assert asked == ["model_index.json", UNET]
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert (settled("somebody/model"), settled("somebody/model", lcm=True)) == first
     assert len(asked) == 2
 
@@ -86,9 +90,8 @@ def test_a_hub_model_that_cannot_be_fetched_is_refused_in_one_line(
         raise OSError("no route to the hub\nmore")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"could not be fetched \(no route to the hub\); name a"):
         settled("somebody/model")
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ldm_pipeline.commands.sources import BUNDLED, cached, find
+from ldm_pipeline.commands.sources import BUNDLED, find
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import folders
 from ldm_pipeline.models.headers import read_header
+from ldm_pipeline.models.hub import cached
 
 PURPOSE = "list a model's components, parameters, sizes and licence"
 

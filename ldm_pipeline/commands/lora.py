@@ -17,7 +17,7 @@ from ldm_pipeline.commands.adapters import read_loras
 from ldm_pipeline.commands.kinds import REQUIRED, Kind, declare, run_kind
 from ldm_pipeline.commands.lora_info import describe
 from ldm_pipeline.commands.outputs import check_folder, check_weights
-from ldm_pipeline.commands.sources import cached, find
+from ldm_pipeline.commands.sources import find
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.lora.files import LAYOUTS, inspect, load_whole, save
 from ldm_pipeline.lora.layouts.families import (
@@ -31,6 +31,7 @@ from ldm_pipeline.lora.layouts.families import (
 from ldm_pipeline.lora.layouts.lycoris import convolved
 from ldm_pipeline.lora.layouts.stamp import carried
 from ldm_pipeline.lora.weights import Header, LoraWeights
+from ldm_pipeline.models.hub import cached
 from ldm_pipeline.values import DTYPES
 
 if TYPE_CHECKING:

@@ -6,7 +6,6 @@ that cannot lead to a model is refused at once.
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ from ldm_pipeline.commands.flags import in_flags
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import bundled, folders, small_decoder
 from ldm_pipeline.models.headers import read_header
-from ldm_pipeline.models.hub import fetched, fetched_index
+from ldm_pipeline.models.hub import cached, fetched, fetched_index, offline
 from ldm_pipeline.models.original import note
 from ldm_pipeline.models.original.checkpoint import check_name
 from ldm_pipeline.models.original.configs import GUIDED
@@ -69,7 +68,7 @@ def find(name: str) -> Source:
             f"there is no model folder {name}, and a hub id is written owner/name; --model takes "
             "a folder in Diffusers layout, a .safetensors file, a hub id or bundled"
         )
-    if _offline() and cached(name) is None:
+    if offline() and cached(name) is None:
         raise UserError(
             f"{name} is no folder here, and as a hub id it is not in the cache: "
             "HF_HUB_OFFLINE forbids downloading it"
@@ -135,19 +134,10 @@ def _described(source: Source) -> Path | None:
     if source.file is not None or source.folder is not None:
         return source.folder
     here = cached(source.name)
-    if _offline() or (here is not None and (here / UNET_CONFIG).is_file()):
+    if offline() or (here is not None and (here / UNET_CONFIG).is_file()):
         return here
     fetched_index(source.name)
     return fetched(source.name, UNET_CONFIG).parent.parent
-
-
-def cached(hub_id: str) -> Path | None:
-    """The newest snapshot of a hub model in the local cache, or None."""
-    home = Path(os.environ.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
-    hub = Path(os.environ.get("HF_HUB_CACHE") or home / "hub")
-    snapshots = hub / ("models--" + hub_id.replace("/", "--")) / "snapshots"
-    found = [path.parent for path in snapshots.glob(f"*/{folders.INDEX}")]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def open_pipeline(
@@ -179,7 +169,3 @@ def open_pipeline(
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"cannot load {source.name}: {reason}") from error
     return pipeline.to(device)
-
-
-def _offline() -> bool:
-    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")

@@ -20,6 +20,23 @@ def fetched(hub_id: str, name: str, **told: Any) -> Path:
         return Path(hf_hub_download(hub_id, name, **told))
 
 
+def cached(hub_id: str) -> Path | None:
+    """The snapshot of a hub model that is in its cache on this machine, the one that is opened
+    where none is named; None without."""
+    from huggingface_hub import try_to_load_from_cache
+
+    with reaching(hub_id, local=True):
+        found = try_to_load_from_cache(hub_id, folders.INDEX)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def offline() -> bool:
+    """Whether the hub is not to be asked."""
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
 def fetched_index(hub_id: str, **told: Any) -> dict[str, Any]:
     """The `model_index.json` of a hub model, checked, before anything else of it is fetched."""
     return folders.index(fetched(hub_id, folders.INDEX, **told).parent)
@@ -31,12 +48,13 @@ def reaching(hub_id: str, local: bool) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        from huggingface_hub.constants import HF_HUB_OFFLINE
-        from huggingface_hub.errors import OfflineModeIsEnabled
+        from huggingface_hub.errors import HFValidationError, OfflineModeIsEnabled
 
         root = error.__cause__ or error
-        offline = local or isinstance(root, OfflineModeIsEnabled) or HF_HUB_OFFLINE
-        why = "offline, and not in the cache" if offline else str(root).strip().partition("\n")[0]
+        alone = local or isinstance(root, OfflineModeIsEnabled) or offline()
+        why = str(root).strip().partition("\n")[0]
+        if alone and not isinstance(root, HFValidationError):
+            why = "offline, and not in the cache"
         raise UserError(
             f"there is no model folder {hub_id}, and as a hub id it could not be fetched ({why}); "
             "name a folder in Diffusers layout, a .safetensors file, or a model of the hub as"
