@@ -45,6 +45,7 @@ from ldm_pipeline.training.config import (
     TrainingConfig,
     must_divide,
 )
+from ldm_pipeline.training.halving import halved
 from ldm_pipeline.training.layout import FINE, LayoutHead, Listener, WordsHead, labels_of
 from ldm_pipeline.training.levels import LevelSettings
 from ldm_pipeline.training.objective import Batch
@@ -238,16 +239,8 @@ class LatentDiffusionObjective(nn.Module):
     def export(self, folder: Path, updates: int) -> None:
         """Write the whole pipeline in Diffusers layout, in 16 bits."""
         parts = {"unet": self.unet, "text_encoder": self.text_encoder, "vae": self._vae[0]}
-        halves = {
-            name: type(part).from_config(part.config)
-            if name != "text_encoder"
-            else CLIPTextModel(part.config)
-            for name, part in parts.items()
-        }
-        for name, part in parts.items():
-            halves[name].load_state_dict(part.state_dict())
         StableDiffusionPipeline(
-            **{name: half.half() for name, half in halves.items()},
+            **{name: halved(part) for name, part in parts.items()},
             tokenizer=self.tokenizer,
             scheduler=DDIMScheduler(**SCHEDULER),
             safety_checker=None,

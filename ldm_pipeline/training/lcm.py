@@ -179,7 +179,11 @@ class LcmObjective(AdapterObjective):
         with self._untrained():
             x_s = SOLVERS[self.config.lcm.solver](teacher, self.schedule, x, told["t"], told["s"])
         with self._target_weights():
-            return self._student(told)(x_s, told["s"])
+            target = self._student(told)(x_s, told["s"])
+        # Autocast keeps its copies of weights until its block ends. Those made here are perhaps the
+        # average's, and in earlier versions of torch have no gradients: not for the student.
+        torch.clear_autocast_cache()
+        return target
 
     def _student(self, told: Mapping[str, Tensor]) -> ConsistencyFunction:
         network = self.conditioning.network(self._called(), told)

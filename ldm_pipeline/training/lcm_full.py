@@ -21,11 +21,11 @@ import yaml
 from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
 from PIL.Image import Image
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models.conditioning import OneEncoder
 from ldm_pipeline.training.adapting import OpenModel
+from ldm_pipeline.training.halving import halved
 from ldm_pipeline.training.lcm import LcmConfig, LcmObjective
 from ldm_pipeline.training.lora_card import PICTURES
 from ldm_pipeline.training.start import part_of, take_weights, weights_in
@@ -63,10 +63,7 @@ class FullLcmObjective(LcmObjective):
         return self.student
 
     def _under_autocast(self) -> AbstractContextManager[Any]:
-        """Without autocast's store of cast weights: the target would fill it with copies that have
-        no gradients, and the student would then be asked through those."""
-        kind = self.unet.device.type
-        return torch.autocast(kind, torch.get_autocast_dtype(kind), cache_enabled=False)
+        return nullcontext()
 
     def _draw_adapted(self, pipe: Any) -> list[Image]:
         """The prompts' pictures in few steps, told the middle of the strengths that are trained."""
@@ -86,7 +83,7 @@ class FullLcmObjective(LcmObjective):
         Of Stable Diffusion 1.x and 2.x it is a `LatentConsistencyModelPipeline` to stock diffusers.
         """
         changed = {"unet": self.student, "scheduler": self._scheduler(self._parts["scheduler"])}
-        parts = {name: _half(part) for name, part in {**self._parts, **changed}.items()}
+        parts = {name: halved(part) for name, part in {**self._parts, **changed}.items()}
         if isinstance(self.conditioning, OneEncoder):
             pipe = LatentConsistencyModelPipeline(**parts, requires_safety_checker=False)
         else:
@@ -128,17 +125,6 @@ def hearing(unet: UNet2DConditionModel, channels: int) -> UNet2DConditionModel:
     assert (missing, unexpected) == (["time_embedding.cond_proj.weight"], [])
     nn.init.zeros_(student.time_embedding.cond_proj.weight)
     return student.to(unet.device, torch.float32).requires_grad_(True)
-
-
-def _half(part: Any) -> Any:
-    """A component with its weights in 16 bits; the one in use stays what it is."""
-    if not isinstance(part, nn.Module):
-        return part
-    kind: Any = type(part)
-    own = isinstance(part, PreTrainedModel)  # which transformers makes otherwise than diffusers
-    made = kind(part.config) if own else kind.from_config(part.config)
-    made.load_state_dict(part.state_dict())
-    return made.half()
 
 
 CARD = """---

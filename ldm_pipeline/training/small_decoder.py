@@ -33,6 +33,7 @@ from ldm_pipeline.training.config import (
     ShapeSettings,
     TrainingConfig,
 )
+from ldm_pipeline.training.halving import halved
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.shares import share_of
 from ldm_pipeline.training.start import precision, take_weights
@@ -158,6 +159,4 @@ class SmallDecoderObjective(nn.Module):
 
     def export(self, folder: Path, updates: int) -> None:
         """Write the small autoencoder in Diffusers layout, in 16 bits."""
-        half = AutoencoderTiny.from_config(self.small.config)
-        half.load_state_dict(self.small.state_dict())
-        half.half().save_pretrained(folder)
+        halved(self.small).save_pretrained(folder)

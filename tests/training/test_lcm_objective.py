@@ -180,6 +180,22 @@ def test_under_autocast_the_gradient_is_the_student_s(folder: Path) -> None:
     assert torch.cosine_similarity(gradients[0], gradients[1], dim=0) > 0.9  # bf16 has 8 bits
 
 
+def test_under_autocast_the_average_says_the_target_alone(folder: Path) -> None:
+    """Autocast's copies of the averaged weights must not answer for the student."""
+    average = {"lcm": {"target": "average", "huber": None}, "optimiser": {"ema_decay": 0.9}}
+    fixed = {"data": {"fixed": True}, "lora": {"targets": "all"}}
+    objective = stirred(built(config_of(folder, **fixed, **average)))
+    moving = MovingAverage(dict(objective.adapter.parameters), 0.9)
+    for value in moving.average.values():
+        value.zero_()
+    objective.take_average(moving)
+    losses = []
+    for half in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            losses.append(float(objective(objective.batch(range(4)))["loss"].detach()))
+    assert losses[1] == pytest.approx(losses[0], rel=0.1)  # bf16 has 8 bits
+
+
 def test_it_learns_to_be_consistent(folder: Path) -> None:
     objective = built(config_of(folder, data={"fixed": True}, lcm={"huber": None}))
     losses = laws.losses_of_one_batch(objective, 4, lr=1e-2)
