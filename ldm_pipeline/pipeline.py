@@ -20,12 +20,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    SchedulerMixin,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, AutoencoderTiny, SchedulerMixin, UNet2DConditionModel
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
@@ -374,15 +369,24 @@ class LatentDiffusionPipeline(
                     f"{name} has {given.shape[-1]} channels, and this model's UNet reads"
                     f" {' or '.join(map(str, read))}; another model's embeddings?"
                 )
-        negative = request.negative_prompt_embeds
-        if negative is not None and request.prompt_embeds is None and not request.weighted:
-            reader = self.tokenizer if self.tokenizer is not None else self.tokenizer_2
-            length = reader.model_max_length
-            if negative.shape[1] != length:
-                raise UserError(
-                    f"negative_prompt_embeds has {negative.shape[1]} tokens, and a prompt of words"
-                    f" has {length}; pass prompt_embeds too, of as many"
-                )
+        self._check_lengths(request)
+
+    def _check_lengths(self, request: Request) -> None:
+        """Raise `UserError` for embeddings of another length than the words beside them have."""
+        ours, negative = request.prompt_embeds, request.negative_prompt_embeds
+        if request.weighted or (ours is not None and not self._encodes_negative(request)):
+            return
+        reader = self.tokenizer if self.tokenizer is not None else self.tokenizer_2
+        if ours is None and negative is not None and negative.shape[1] != reader.model_max_length:
+            raise UserError(
+                f"negative_prompt_embeds has {negative.shape[1]} tokens, and a prompt of words"
+                f" has {reader.model_max_length}; pass prompt_embeds too, of as many"
+            )
+        if ours is not None and ours.shape[1] > reader.model_max_length:
+            raise UserError(
+                f"prompt_embeds has {ours.shape[1]} tokens, and a negative prompt of words at most"
+                f" {reader.model_max_length}; pass negative_prompt_embeds too, of as many"
+            )
 
     def _read_channels(self, name: str) -> Sequence[int] | None:
         """The widths of which the embeddings `name` may be; None where that is not told."""
@@ -429,8 +433,14 @@ class LatentDiffusionPipeline(
 
     def _check_words(self, request: Request) -> None:
         """Raise `UserError` where words must be encoded and cannot be."""
-        unguided = request.guidance_scale <= 1 or request.negative_prompt_embeds is not None
-        if self.text_encoder is None and (request.prompt_embeds is None or not unguided):
-            raise UserError(f"this pipeline has no text_encoder to {ENCODING}")
+        if request.prompt_embeds is None or self._encodes_negative(request):
+            for name in ("text_encoder", "tokenizer"):
+                if getattr(self, name) is None:
+                    raise UserError(f"this pipeline has no {name} to {ENCODING}")
         if request.prompt_embeds is None:
             text.check_clip_skip(self.text_encoder, request.clip_skip)
+
+    def _encodes_negative(self, request: Request) -> bool:
+        """Whether a negative prompt's words are encoded, if only the empty ones."""
+        guides = request.guidance_scale > 1 and self._steerable
+        return guides and request.negative_prompt_embeds is None

@@ -173,20 +173,25 @@ class TwoTexts(DiffusionPipeline):
 
     def _check_words(self, request: Request) -> None:
         """Raise `UserError` where words must be encoded and cannot be."""
-        unguided = request.guidance_scale <= 1 or request.negative_prompt_embeds is not None
-        silent = request.negative_prompt is None and self.config.force_zeros_for_empty_prompt
-        if request.prompt_embeds is None or not (unguided or silent):
+        encodes_negative = self._encodes_negative(request)
+        if request.prompt_embeds is None or encodes_negative:
             for name in ("text_encoder_2", "tokenizer_2"):
                 if getattr(self, name) is None:
                     raise UserError(f"this pipeline has no {name} to {ENCODING}")
         given = request.prompt_embeds is not None, request.negative_prompt_embeds is not None
         if request.weighted and given[0] != given[1] and request.guidance_scale > 1:
-            if given[0] and silent:
+            if given[0] and not encodes_negative:
                 return
             raise UserError(
                 "weighted makes texts as long as each other: pass texts for both the prompt and the"
                 " negative prompt, or embeddings for both"
             )
+
+    def _encodes_negative(self, request: Request) -> bool:
+        """Whether the words of a negative prompt are encoded; none may be zeros instead."""
+        silent = request.negative_prompt is None and self.config.force_zeros_for_empty_prompt
+        guides = request.guidance_scale > 1 and self._steerable
+        return bool(guides and request.negative_prompt_embeds is None and not silent)
 
 
 def _listed(texts: Text | None) -> list[str]:

@@ -340,6 +340,10 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"negative_prompt_embeds": torch.ones(1, 77, 24)}, "_prompt_embeds has 24 channels"),
     ({"negative_prompt_embeds": torch.ones(1, 9, 32)}, "9 tokens, and a prompt of words has 77"),
+    (
+        {"prompt": None, "prompt_embeds": torch.ones(1, 154, 32)},
+        "154 tokens, and a negative prompt of words at most 77",
+    ),
 ]
 
 
@@ -395,6 +399,12 @@ def test_parts_alone(components: dict[str, Any]) -> None:
         drawing("a red star")
     with pytest.raises(UserError, match="no unet"):
         texts("a red star")
+    silent = LatentDiffusionPipeline(**{**components, "tokenizer": None})
+    with pytest.raises(UserError, match="no tokenizer"):
+        silent("a red star", negative_prompt_embeds=negative)
+    long = torch.cat([embeds, embeds], dim=1)
+    assert draw(whole, None, prompt_embeds=long, negative_prompt_embeds=long).isfinite().all()
+    assert draw(whole, None, prompt_embeds=long, guidance_scale=1.0).isfinite().all()
 
 
 def test_runs_with_the_same_values_are_two(ours: Any) -> None:
