@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.loading import Dtypes, dtypes, one_dtype, single_file
+from ldm_pipeline.loading import Dtypes, dtypes, of_component, one_dtype, single_file
 from ldm_pipeline.models import bundled, folders, small_decoder
 from ldm_pipeline.models.hub import fetched_index
 from ldm_pipeline.pipeline import LatentDiffusionPipeline
@@ -56,7 +56,7 @@ def load(
     parts: dict[str, Any] = {}
     if decoder is not None:
         small = small_decoder.find(decoder, of_bundled=source == "bundled")
-        parts["vae"] = small_decoder.opened(small, one_dtype(dtype, torch_dtype))
+        parts["vae"] = small_decoder.opened(small, of_component(wanted, "vae"))
     if place.is_file():
         for name, value in {"variant": variant, "revision": revision}.items():
             if value is not None:

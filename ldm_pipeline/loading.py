@@ -264,6 +264,13 @@ def dtypes(
     return one_dtype(dtype, torch_dtype)
 
 
+def of_component(wanted: torch.dtype | Mapping[str, torch.dtype], component: str) -> torch.dtype:
+    """What `dtypes` gave, for one component: as diffusers reads a dictionary."""
+    if isinstance(wanted, Mapping):
+        return wanted.get(component, wanted.get("default", torch.float32))
+    return wanted
+
+
 def one_dtype(dtype: Dtypes | None, torch_dtype: Dtypes | None) -> torch.dtype:
     """The dtype that was asked for under its name or its older one; float32 where none was.
 

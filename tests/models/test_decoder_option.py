@@ -45,6 +45,8 @@ def test_it_takes_the_place_of_the_model_s_own(model: Path, small: Path) -> None
     assert torch.equal(pictures, (wanted / 2 + 0.5).clamp(0, 1))
     (model / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"")
     assert ldm_pipeline.load(model, decoder=small, dtype=torch.bfloat16).vae.dtype == torch.bfloat16
+    for dtype in ({"default": "bfloat16"}, {"unet": "float16", "vae": "bfloat16"}):
+        assert ldm_pipeline.load(model, decoder=small, dtype=dtype).vae.dtype == torch.bfloat16
 
 
 def test_small_is_the_bundled_model_s(
