@@ -24,6 +24,9 @@ from ldm_pipeline.lora.published import fetched, lcm_lora
 from ldm_pipeline.models import bundled, compiling, offloading
 from ldm_pipeline.models.unet import adapters_at_rest
 
+SETTINGS = (str, int, float, type(None))
+"""Of plain values; a tuple is looked through quicker than a union."""
+
 _making = threading.Lock()
 _made: WeakKeyDictionary[nn.Module, tuple[object, nn.Module]] = WeakKeyDictionary()
 """For each pipeline's UNet the last one made beside it, and from what."""
@@ -88,16 +91,16 @@ def _copy(unet: nn.Module) -> nn.Module:
 
 
 def _state(unet: nn.Module) -> object:
-    """All that decides what `unet` does: its parts, their settings, and where their weights are."""
+    """All that decides what `unet` does: its parts, their settings, and where their weights are.
+
+    Asked for every picture, of thousands of modules: it has to be quick.
+    """
     return [
         (
             name,
             type(module),
-            [(k, repr(v)) for k, v in vars(module).items() if _is_setting(v)],
-            [
-                (k, w.data_ptr(), w.dtype, w.device)
-                for k, w in module.named_parameters(recurse=False)
-            ],
+            [(k, _frozen(v)) for k, v in vars(module).items() if _is_setting(v)],
+            [(k, w.data_ptr(), w.dtype, w.device) for k, w in _weights(module)],
             [id(getattr(module, "processor", None)), *module._forward_hooks],
             [*module._forward_pre_hooks],
             _adapting(module) if isinstance(module, BaseTunerLayer) else None,
@@ -108,9 +111,19 @@ def _state(unet: nn.Module) -> object:
 
 def _is_setting(value: object) -> bool:
     """Whether a module's attribute is a plain value, or a list of them as IP-Adapters' scales."""
-    if isinstance(value, list | tuple):
-        return all(map(_is_setting, value))
-    return isinstance(value, str | int | float | None)
+    if isinstance(value, SETTINGS):
+        return True
+    return isinstance(value, (list, tuple)) and all(map(_is_setting, value))
+
+
+def _frozen(value: Any) -> object:
+    """A setting as it is now, whatever becomes of the lists in it."""
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _weights(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """The module's own weights."""
+    return [(name, w) for name, w in module._parameters.items() if w is not None]
 
 
 def _adapting(layer: Any) -> object:
