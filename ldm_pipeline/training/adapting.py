@@ -278,7 +278,7 @@ class AdapterObjective(nn.Module, ABC):
             moved = {name: value.to(self.unet.device) for name, value in group.items()}
             with context:
                 errors = self._errors_in_parts(moved)
-            sums.index_add_(0, torch.tensor(bands), errors.double().cpu())
+            sums.index_add_(0, torch.tensor(bands), errors.cpu().double())
         means = (self.ranks.total(sums) / len(chosen)).tolist()
         return {"loss": sum(means) / BANDS} | {f"loss_band_{i}": m for i, m in enumerate(means)}
 
