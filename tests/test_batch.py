@@ -9,10 +9,13 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +31,7 @@ from ldm_pipeline.commands.digests import changed, digests_of
 from ldm_pipeline.commands.sources import Source, find
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.metadata import Recipe
-from ldm_pipeline.picture_files import read_recipe
+from ldm_pipeline.picture_files import is_whole, read_recipe
 from ldm_pipeline.processes.ranks import LostPeer
 
 ROOT = Path(__file__).parent.parent
@@ -320,6 +323,34 @@ def test_two_processes_draw_what_one_draws_and_the_rest_is_kept(
     assert "2 are there; 2 to draw" in err
     assert contents(tmp_path / "one") == {**drawn, "mine.tmp": b"kept"}
     assert {path: path.stat().st_mtime_ns for path in kept} == before
+
+
+def test_a_killed_batch_goes_on_where_it_was(batch: Batch, model: Path, tmp_path: Path) -> None:
+    """Killed as by `kill -9` whenever another picture is there, and started again until it ends by
+    itself: nothing is half-written, and nothing that was drawn is drawn again."""
+    write_lines(tmp_path / "prompts.jsonl", [{"prompt": "a red star", "n": 9}])
+    told = ["--prompts", "prompts.jsonl", "--model", str(model), "--steps", "3", "--quiet"]
+    out, killed = tmp_path / "killed", 0
+    kept: dict[Path, int] = {}
+    while len(kept) < 9:
+        # Forked, as in tests/ranks.py: no package is imported again.
+        run = get_context("fork").Process(target=program.main, args=([*told, "--out", "killed"],))
+        run.start()
+        while run.is_alive() and len(list(out.glob("[!.]*.png"))) <= len(kept):
+            time.sleep(0.001)
+        run.kill()
+        run.join()
+        killed += run.exitcode == -signal.SIGKILL
+        found = {path: path.stat().st_mtime_ns for path in out.glob("[!.]*.png")}
+        assert len(found) > len(kept), f"it ended with {run.exitcode} before it drew"
+        assert {path: found[path] for path in kept} == kept, "drawn again"
+        assert all(map(is_whole, found)), "a picture appears whole or not at all"
+        kept = found
+    assert killed, "each run ended by itself"
+    assert batch(*told, "--out", "killed") == (0, "killed\n", ""), "what the last one left goes"
+    assert batch(*told, "--out", "whole") == (0, "whole\n", "")
+    assert len(contents(tmp_path / "whole")) == 9
+    assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_a_process_that_is_left_alone_says_so() -> None:
