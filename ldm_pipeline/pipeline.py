@@ -20,7 +20,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Self
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, SchedulerMixin, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    SchedulerMixin,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.pipelines.pipeline_utils import StableDiffusionMixin
@@ -47,6 +54,7 @@ from ldm_pipeline.request import (
     Request,
 )
 from ldm_pipeline.running import Callback, Run, tensors_for, under_way
+from ldm_pipeline.stock_arguments import in_stock_order
 from ldm_pipeline.stock_loaders import SafeLoaders
 from ldm_pipeline.values import Text
 
@@ -141,6 +149,7 @@ class LatentDiffusionPipeline(
 
     # Drawing ----------------------------------------------------------------------------------
 
+    @in_stock_order(1, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline)
     @torch.no_grad()
     def __call__(
         self,
@@ -184,8 +193,8 @@ class LatentDiffusionPipeline(
         """Draw pictures: from words, with `image` out of a picture, with `mask_image` into one.
 
         Arguments and defaults are those of the stock Stable Diffusion pipelines for these, and
-        draw the same pictures: 50 steps of guidance 7.5. `Request` documents each. Ours are the
-        last seven:
+        draw the same pictures: 50 steps of guidance 7.5. `Request` documents each. Without names
+        they stand in the order of theirs. Ours are the last seven:
 
         sampler             a name of `request.SAMPLER_NAMES`; None runs the pipeline's scheduler
         seed                image i is drawn with seed + i, or with entry i of a list, and is

@@ -16,7 +16,14 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderTiny, SchedulerMixin, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderTiny,
+    SchedulerMixin,
+    StableDiffusionXLImg2ImgPipeline,
+    StableDiffusionXLInpaintPipeline,
+    UNet2DConditionModel,
+)
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
 from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 from diffusers.pipelines.stable_diffusion_xl import StableDiffusionXLPipelineOutput
@@ -42,6 +49,7 @@ from ldm_pipeline.request_xl import (
     RequestXL,
 )
 from ldm_pipeline.running import Callback, Run, halves, tensors_for
+from ldm_pipeline.stock_arguments import in_stock_order
 from ldm_pipeline.stock_loaders import SafeXLLoaders
 from ldm_pipeline.two_texts import TwoTexts
 from ldm_pipeline.values import Text
@@ -115,6 +123,7 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
 
     # Drawing ----------------------------------------------------------------------------------
 
+    @in_stock_order(2, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline)
     @torch.no_grad()
     def __call__(  # type: ignore[override]  # the order of the arguments is stock SDXL's
         self,

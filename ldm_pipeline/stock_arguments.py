@@ -1,20 +1,32 @@
-"""What stock loading takes besides: heard where it means something here, and never in the way.
+"""What stock takes besides: heard where it means something here, and never in the way.
 
-Code that is written for stock pipelines goes on working: an argument that does nothing here is let
-pass, one that would be missed is told once, and what would run code of others is refused. A
-misspelt one stays a mistake.
+Code that is written for stock pipelines goes on working. In loading, an argument that does nothing
+here is let pass, one that would be missed is told once, and what would run code of others is
+refused. A misspelt one stays a mistake. In a call, arguments without names may stand in the order
+of stock's pipelines for pictures.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Mapping
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
+from functools import lru_cache, wraps
+from inspect import signature
+from typing import Any, ParamSpec, TypeVar
+
+import numpy as np
+from PIL.Image import Image
+from torch import Tensor
 
 from ldm_pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+PICTURES = (Image, np.ndarray, Tensor, list, tuple)
+"""What stock takes for a picture, and nobody for a height, a width or a strength."""
 
 FROM_FOLDER: Any = object()
 """Stands for "take this from the folder", since None means "leave it out"."""
@@ -89,6 +101,34 @@ def check_no_code(custom_pipeline: object, trust_remote_code: bool) -> None:
             "trust_remote_code=True is refused: no code that comes with a model is run; leave it"
             " out, and take a model whose parts are of diffusers' and transformers' own classes"
         )
+
+
+def in_stock_order(
+    texts: int, redrawing: type, painting: type
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a pipeline's `__call__` also be told a picture behind its `texts` without a name.
+
+    There text-to-image has its height. All that stand without names then are those of the stock
+    pipeline `redrawing`, or of `painting` where a second picture, the mask, follows at once.
+    """
+
+    def taught(call: Callable[P, R]) -> Callable[P, R]:
+        anyhow: Any = call
+
+        @wraps(call)
+        def hearing(*told: P.args, **named: P.kwargs) -> R:
+            picture, mask = (
+                isinstance(each, PICTURES) for each in (*told, *[None] * 4)[1 + texts : 3 + texts]
+            )
+            if not picture:
+                return call(*told, **named)
+            order = signature((painting if mask else redrawing).__call__)
+            answer: R = anyhow(**order.bind_partial(*told).arguments, **named)
+            return answer
+
+        return hearing
+
+    return taught
 
 
 def _say_unheard(kind: str, name: str, value: object) -> None:

@@ -14,8 +14,17 @@ from ldm_pipeline.errors import UserError
 DTYPES = ("float32", "bfloat16", "float16")
 """The names of what weights are computed in."""
 
+LONGEST = 80
+"""Letters of a value that a message names."""
+
 Text = str | Sequence[str]
 """One text, or one for each picture."""
+
+
+def shown(value: object) -> str:
+    """`value` as a message names it: on one line, and not all of what is long."""
+    text = " ".join(repr(value).split())
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
 def check_levels(name: str, levels: Any) -> None:
@@ -27,8 +36,9 @@ def check_levels(name: str, levels: Any) -> None:
     if not numbers:
         raise UserError(f"{name} is empty; pass at least one noise level")
     if not all(map(math.isfinite, numbers)):
-        given = " ".join(repr(levels).split())[:80]
-        raise UserError(f"{name}={given} must be a list of numbers, descending noise levels")
+        raise UserError(
+            f"{name}={shown(levels)} must be a list of numbers, descending noise levels"
+        )
 
 
 def as_texts(name: str, text: Text | None) -> list[str]:
@@ -37,7 +47,7 @@ def as_texts(name: str, text: Text | None) -> list[str]:
         return []
     texts = [text] if isinstance(text, str) else text
     if not isinstance(texts, Sequence) or not all(isinstance(entry, str) for entry in texts):
-        raise UserError(f"{name}={text!r} must be a text or a list of texts")
+        raise UserError(f"{name}={shown(text)} must be a text or a list of texts")
     if not texts:
         raise UserError(f"{name} is an empty list; pass at least one text")
     return list(texts)
@@ -46,13 +56,13 @@ def as_texts(name: str, text: Text | None) -> list[str]:
 def check_flag(name: str, value: Any) -> None:
     """Raise `UserError` unless this is True or False."""
     if not isinstance(value, bool):
-        raise UserError(f"{name}={value!r} must be True or False")
+        raise UserError(f"{name}={shown(value)} must be True or False")
 
 
 def check_path(name: str, value: Any) -> None:
     """Raise `UserError` unless this can be a name or a path."""
     if not isinstance(value, str | os.PathLike):
-        raise UserError(f"{name}={value!r} must be a name or a path")
+        raise UserError(f"{name}={shown(value)} must be a name or a path")
 
 
 def as_shape(name: str, tensor: Any) -> tuple[int, ...]:
@@ -69,7 +79,7 @@ def as_whole(name: str, value: Any, low: int) -> int:
     except TypeError:
         whole = None
     if whole is None or isinstance(value, bool) or whole < low:
-        raise UserError(f"{name}={value!r} must be a whole number of at least {low}")
+        raise UserError(f"{name}={shown(value)} must be a whole number of at least {low}")
     return whole
 
 
@@ -78,5 +88,5 @@ def as_number(name: str, value: Any, low: float, high: float) -> float:
     number = float(value) if isinstance(value, Real) else math.nan
     if isinstance(value, bool) or not math.isfinite(number) or not low <= number <= high:
         allowed = f"at least {low:g}" if math.isinf(high) else f"from {low:g} to {high:g}"
-        raise UserError(f"{name}={value!r} must be a finite number, {allowed}")
+        raise UserError(f"{name}={shown(value)} must be a finite number, {allowed}")
     return number

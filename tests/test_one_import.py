@@ -7,8 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from ldm_pipeline import LatentDiffusionPipeline, LatentDiffusionXLPipeline
+from ldm_pipeline.errors import UserError
+from tests.conftest import build, build_xl
 from tests.models.original.models import pipeline
 from tests.parity.pairs import mask, picture
 
@@ -52,6 +56,20 @@ image = pipe(
 ).images[0]
 """,
 }
+UNNAMED = {
+    "Img2Img": """
+image = pipe(
+    "a red star", {second} init, 0.75, 4, None, None, guidance_scale=7.5, generator=generator,
+).images[0]
+""",
+    "Inpaint": """
+image = pipe(
+    "a red star", {second} init, hole, None, 32, 32, None, 0.9, num_inference_steps=4,
+    generator=generator,
+).images[0]
+""",
+}
+"""The same without names; SDXL has a second text in the second place."""
 
 
 def drawn(script: str) -> Any:
@@ -79,4 +97,27 @@ def test_one_import_is_changed_and_nothing_else(
             f"from ldm_pipeline import {OURS[family]} as {name}",
         )
     )
-    assert np.array_equal(drawn(before), drawn(after))
+    wanted = drawn(before)
+    assert np.array_equal(wanted, drawn(after))
+    if task in UNNAMED:
+        opening = after.partition("\nimage = ")[0]
+        unnamed = UNNAMED[task].format(second="None," if family else "")
+        assert np.array_equal(wanted, drawn(opening + unnamed))
+
+
+def test_what_is_said_twice_or_is_no_picture_is_a_mistake() -> None:
+    sd: Any = LatentDiffusionPipeline(**build())
+    xl: Any = LatentDiffusionXLPipeline(**build_xl())
+    seen = picture(32, 32)
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'image'"):
+        sd("a red star", seen, image=seen)
+    with pytest.raises(TypeError, match="multiple values for keyword argument 'strength'"):
+        sd("a red star", seen, 0.5, strength=0.5)
+    with pytest.raises(UserError, match=r"height=0\.5 must be a whole number"):
+        sd("a red star", 0.5)
+    with pytest.raises(UserError, match=r"height='init\.png' must be a whole number"):
+        sd("a red star", "init.png")
+    for given in (seen, torch.zeros(1, 3, 32, 32)):
+        with pytest.raises(UserError, match=r"prompt_2=.* must be a text") as refusal:
+            xl("a red star", given)
+        assert "\n" not in str(refusal.value)
