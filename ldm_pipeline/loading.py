@@ -132,6 +132,7 @@ class FolderPipeline(DiffusionPipeline):
                 fetched_index(str(source), **hub)
                 folder = _fetched(cls, str(source), variant=variant, **hub, **given)
             folders.check(folder, own, given)
+            cls._check_parts(folder, given)
             scheduler = components(folders.index(folder)).get("scheduler")
             if scheduler is not None and "scheduler" not in given:
                 scheduler_class(scheduler[1], folder)
@@ -148,8 +149,21 @@ class FolderPipeline(DiffusionPipeline):
                 **settings,
                 **given,
             )
+        if device_map is None:  # else what lies elsewhere has no memory, either
+            folders.check_filled(folder, pipeline.components, given)
         pipeline.register_to_config(_name_or_path=str(source))
         return pipeline
+
+    @classmethod
+    def _check_parts(cls, folder: Path, given: Collection[str]) -> None:
+        """Raise `UserError` where a part is neither in the folder nor given, without which no such
+        pipeline is opened."""
+        needed = set(cls._get_signature_keys(cls)[0]) - set(cls._optional_components)
+        for name in sorted(needed - components(folders.index(folder)).keys() - set(given)):
+            raise UserError(
+                f"{folder} names no {name}; take the whole model, or pass {name}=… to"
+                f" {cls.__name__}.from_pretrained"
+            )
 
     @classmethod
     def from_single_file(

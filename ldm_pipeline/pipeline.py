@@ -354,6 +354,8 @@ class LatentDiffusionPipeline(
         for name, purpose in needed.items():
             if getattr(self, name) is None:
                 raise UserError(f"this pipeline has no {name} to {purpose}")
+        for name in ("tokenizer", "tokenizer_2"):
+            text.check_length(getattr(self, name, None))
         self._check_words(request)
         self._check_tensors(request)
         choose("prediction_type", self._prediction_type, PREDICTION_TYPES)

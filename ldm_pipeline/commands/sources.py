@@ -20,7 +20,7 @@ from ldm_pipeline.models.original import note
 from ldm_pipeline.models.original.checkpoint import check_name
 from ldm_pipeline.models.original.configs import GUIDED
 from ldm_pipeline.models.original.families import UNET, family_of
-from ldm_pipeline.models.trust import read_json
+from ldm_pipeline.models.trust import SAFE, read_json
 
 if TYPE_CHECKING:
     from ldm_pipeline.pipeline import LatentDiffusionPipeline
@@ -63,6 +63,8 @@ def find(name: str) -> Source:
         check_name(folder)
         family_of(folder, read_header(folder).shapes)
         return Source(name, None, folder)
+    if folder.suffix == SAFE:
+        raise UserError(f"there is no file {name}")
     if not HUB_ID.fullmatch(name) or folder.parent.is_dir():
         raise UserError(
             f"there is no model folder {name}, and a hub id is written owner/name; --model takes "

@@ -6,11 +6,13 @@ its own with its config and weights. What it must not do stands in `trust.py`.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.models.headers import read_header
 from ldm_pipeline.models.trust import (
     SAFE,
     check_classes,
@@ -21,6 +23,16 @@ from ldm_pipeline.models.trust import (
 )
 
 INDEX = "model_index.json"
+BODY = "text_model."
+"""Under this name transformers keeps all but the projection, or without it, by its version."""
+CONFIGS = {
+    **dict.fromkeys(("vae", "unet", "text_encoder", "text_encoder_2"), "config.json"),
+    **dict.fromkeys(("safety_checker", "image_encoder"), "config.json"),
+    "scheduler": "scheduler_config.json",
+}
+"""The config that a component's folder has; beside a `config.json` lie weights."""
+SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
+"""In the name of one of several files of weights."""
 
 
 def index(folder: Path) -> dict[str, Any]:
@@ -52,7 +64,9 @@ def check(folder: Path, known: Collection[str], given: Collection[str] = ()) -> 
     """
     contents = index(folder)
     check_links(folder)
-    kind = contents.get("_class_name", "pipeline")
+    if "_class_name" not in contents:
+        raise UserError(f"{folder / INDEX} is no index of a pipeline: it names no _class_name")
+    kind = contents["_class_name"]
     parts = components(contents)
     for name in sorted(parts.keys() - set(known)):
         raise UserError(
@@ -63,6 +77,46 @@ def check(folder: Path, known: Collection[str], given: Collection[str] = ()) -> 
         if not (folder / name).is_dir():
             raise UserError(f"{folder} names a component {name!r} but has no such folder")
         check_component(folder / name)
+        _check_whole(folder / name)
+
+
+def _check_whole(component: Path) -> None:
+    """Refuse a component's folder in which its config, weights or vocabulary are missing."""
+    words = any(component.glob("tokenizer.json")) or any(component.glob("vocab.json"))
+    if component.name.startswith("tokenizer") and not words:
+        raise UserError(f"{component} holds no vocabulary (tokenizer.json); take the whole model")
+    config = CONFIGS.get(component.name)
+    if config is not None and not (component / config).is_file():
+        raise UserError(f"{component} has no {config}; take the whole model")
+    if config != "config.json":
+        return
+    found = weight_files(component)
+    if not found:
+        raise UserError(f"{component} holds no weights in a {SAFE} file; take the whole model")
+    shards = all(SHARD.search(file.name) for file in found)
+    if shards and not any(component.glob(f"*{SAFE}.index*.json")):
+        raise UserError(f"{component} holds shards of weights and no index of them (a .json file)")
+
+
+def check_filled(folder: Path, parts: Mapping[str, Any], given: Collection[str] = ()) -> None:
+    """Refuse networks of the opened `folder` that its files had not all tensors of.
+
+    Diffusers leaves those without memory, and transformers fills them with random numbers.
+    """
+    for name, part in parts.items():
+        if name in given or not hasattr(part, "state_dict"):
+            continue
+        missing = [key for key, tensor in part.state_dict().items() if tensor.is_meta]
+        if name.startswith("text_encoder"):
+            headers = [read_header(file) for file in weight_files(folder / name)]
+            there = {key.removeprefix(BODY) for header in headers for key in header.shapes}
+            own = [key for key in part.state_dict() if not key.endswith("position_ids")]
+            missing = [key for key in own if key.removeprefix(BODY) not in there]
+        if missing:
+            raise UserError(
+                f"{folder / name} has not all tensors of its network: {len(missing)} are missing,"
+                f" {missing[0]} among them; take the whole model"
+            )
 
 
 def only_variant(folder: Path) -> str | None:

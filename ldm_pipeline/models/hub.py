@@ -10,6 +10,7 @@ from typing import Any
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import folders
+from ldm_pipeline.models.trust import SAFE
 
 
 def fetched(hub_id: str, name: str, **told: Any) -> Path:
@@ -39,6 +40,8 @@ def offline() -> bool:
 
 def fetched_index(hub_id: str, **told: Any) -> dict[str, Any]:
     """The `model_index.json` of a hub model, checked, before anything else of it is fetched."""
+    if hub_id.endswith(SAFE):
+        raise UserError(f"there is no file {hub_id}")
     return folders.index(fetched(hub_id, folders.INDEX, **told).parent)
 
 

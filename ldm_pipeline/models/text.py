@@ -35,6 +35,9 @@ Convert = Callable[[list[str]], list[str]]
 
 NO_ENCODER = "this pipeline has no text encoder; pass prompt_embeds instead of prompt"
 
+LONGEST = 10**6
+"""Tokens; transformers gives tokenizers that do not say how many are read an astronomic number."""
+
 _tokenising = threading.RLock()
 _scaling = threading.RLock()
 
@@ -190,6 +193,15 @@ def asking_inner(
 def reads_mask(text_encoder: CLIPTextModel) -> bool:
     """Whether a Stable Diffusion model's encoder is told which tokens are padding."""
     return bool(getattr(text_encoder.config, "use_attention_mask", False))
+
+
+def check_length(tokenizer: CLIPTokenizer | None) -> None:
+    """Raise `UserError` where a tokenizer does not say how many tokens its encoder reads."""
+    if tokenizer is not None and tokenizer.model_max_length > LONGEST:
+        raise UserError(
+            "this model's tokenizer does not say how many tokens are read: set model_max_length in"
+            " its tokenizer_config.json (77 is CLIP's)"
+        )
 
 
 def check_clip_skip(text_encoder: CLIPTextModel, clip_skip: int | None) -> None:

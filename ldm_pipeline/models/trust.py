@@ -69,6 +69,12 @@ def check_classes(place: object, contents: Mapping[str, Any]) -> None:
             f"{place} wants to run its own pipeline code; that is refused, take a model without"
         )
     _refuse_code(place, contents)
+    for name in sorted(CLASSES.keys() & contents.keys()):
+        if not isinstance(contents[name], list):
+            raise UserError(
+                f"{place} names {contents[name]!r:.80} as its {name}; an entry is a library and a"
+                ' class, as in ["diffusers", "UNet2DConditionModel"]'
+            )
     for name, entry in components(contents).items():
         library, pattern = CLASSES.get(name, ("", ""))
         if not library:

@@ -95,7 +95,7 @@ def fitting(checkpoint: Checkpoint, component: str, model: nn.Module, tensors: T
     if wrong:
         raise UserError(
             f"{checkpoint.file}: {len(wrong)} of the {len(wanted)} tensors of its {component} are"
-            f" missing, too many or of another shape, {wrong[0]} among them; take a whole file of"
+            f" missing, too many or of another shape, {wrong[0]} among them; take a whole model of"
             f" {checkpoint.family.name}"
         )
     return whole

@@ -115,17 +115,23 @@ def _with_body(tensors: dict[str, Stored]) -> dict[str, Stored]:
     }
 
 
-def _prediction(file: Path, family: Family, keys: Collection[str], texts: Mapping[str, str]) -> str:
-    """What the UNet predicts: by the file's own word, a mark among its tensors, or the family."""
+def _prediction(
+    file: Path, family: Family, shapes: configs.Shapes, texts: Mapping[str, str]
+) -> str:
+    """What the UNet predicts: by the file's own word, a mark among its tensors, or the family.
+
+    Of SD 2.x the models for drawing at 768 pixels predict v; the one for inpainting, of 512, noise.
+    """
     told = str(texts.get("modelspec.prediction_type", ""))
-    if told in ("v", "v_prediction") or MARKS[0] in keys:
+    if told in ("v", "v_prediction") or MARKS[0] in shapes:
         return "v_prediction"
-    if told == "epsilon":
-        return told
+    if told == "epsilon" or _paints(shapes):
+        return "epsilon"
     if family.prediction == "v_prediction":
         logger.warning(
             "%s does not say what its UNet predicts; it is taken for v, as in the 768 pixel model."
-            " For the 512 pixel model (2-base) say so: prediction_type='epsilon'",
+            " For the 512 pixel model (2-base) say so: load(…, prediction_type='epsilon'), or ldm"
+            " convert --prediction-type epsilon",
             file,
         )
     return family.prediction
@@ -139,7 +145,7 @@ def _files(
     given: Collection[str],
 ) -> dict[str, str]:
     """The small files of the folder, all but the tokenizers', from the shapes."""
-    found: dict[str, Any] = {"model_index.json": _index(family, shapes[UNET + FIRST][1])}
+    found: dict[str, Any] = {"model_index.json": _index(family, _paints(shapes))}
     makers: dict[str, Any] = {
         "unet": lambda own: configs.unet_config(own, family, prediction),
         "vae": lambda own: configs.vae_config(own, family, prediction),
@@ -163,10 +169,15 @@ def _files(
     return {name: _text(contents) for name, contents in found.items()}
 
 
-def _index(family: Family, channels: int) -> dict[str, Any]:
+def _paints(shapes: configs.Shapes) -> bool:
+    """Whether the UNet reads a mask and what stays of a picture beside the latents."""
+    return shapes[UNET + FIRST][1:2] == (9,)
+
+
+def _index(family: Family, paints: bool) -> dict[str, Any]:
     """The contents of `model_index.json`."""
     name = family.pipeline
-    if channels == 9:
+    if paints:
         name = name.replace("Pipeline", "InpaintPipeline")
     scheduler = configs.scheduler_config(family, family.prediction)["_class_name"]
     contents: dict[str, Any] = {

@@ -15,12 +15,14 @@ from typing import Any
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import folders
 from ldm_pipeline.models.headers import read_header
-from ldm_pipeline.models.original import note
+from ldm_pipeline.models.original import build, note
 from ldm_pipeline.models.original.autoencoder import modern
 from ldm_pipeline.models.original.checkpoint import Checkpoint
 from ldm_pipeline.models.original.clip import BODY, with_body
 from ldm_pipeline.models.original.families import Family, family_for
+from ldm_pipeline.models.original.names import Tensors
 from ldm_pipeline.models.original.tensors import Stored, stored, write
+from ldm_pipeline.models.reading import reading
 from ldm_pipeline.models.trust import CLASSES, components, read_json
 from ldm_pipeline.replacing import replacing
 
@@ -41,7 +43,17 @@ def to_file(folder: Path, file: Path) -> tuple[str, ...]:
     if not encoders:
         raise UserError(f"{folder} has no text_encoder: it is a part of a model; keep the folder")
     family = family_for(components(contents), read_json(folder / encoders[0] / "config.json"))
+    parts = components(contents)
+    for name in family.components:
+        if name not in parts:
+            raise UserError(f"{folder} names no {name}: it is a part of a model; keep the folder")
+    if (kind := parts["vae"][1]) != "AutoencoderKL":
+        raise UserError(
+            f"{folder / 'vae'} is an {kind}, which the original layout has no place for; convert"
+            " the model with its own autoencoder"
+        )
     tensors: dict[str, Stored] = {}
+    whole: dict[str, Tensors] = {}
     bare = []
     for component in family.components:
         here = _weights(folder, component)
@@ -51,14 +63,17 @@ def to_file(folder: Path, file: Path) -> tuple[str, ...]:
             if not any(key.startswith(BODY) for key in here):
                 bare.append(component)
             here = {with_body(key): tensor for key, tensor in here.items()}
-        layout = family.layout(component, read_json(folder / component / "config.json"))
-        there = layout.to_original(here)
+        config = read_json(folder / component / "config.json")
+        with reading(f"{folder}: no {component} can have this config"):
+            layout = family.layout(component, config)
+            there = layout.to_original(here)
         lost = sorted(here.keys() - layout.to_diffusers(there).keys())
         if lost:
             raise UserError(
                 f"{folder / component} has {len(lost)} tensors that the original layout has no"
                 f" place for, {lost[0]} among them; keep this model as a folder"
             )
+        whole[component] = here
         tensors |= {family.prefix(component) + key: tensor for key, tensor in there.items()}
     texts: dict[str, str] = dict(TORCH)
     if (folder / SURPLUS).is_file():
@@ -69,13 +84,10 @@ def to_file(folder: Path, file: Path) -> tuple[str, ...]:
         texts |= {key: str(text) for key, text in read_header(folder / SURPLUS).texts.items()}
     dropped = sorted(components(contents).keys() - set(family.components) - _small(family))
     contents |= {name: [None, None] for name in dropped}
-    write(
-        file,
-        tensors,
-        _specification(family, folder)
-        | texts
-        | {note.KEY: note.Note(_small_files(folder, contents), tuple(bare)).packed()},
-    )
+    files = _small_files(folder, contents)
+    build.check(Checkpoint(folder, family, files, whole, tuple(bare), {}))
+    texts |= {note.KEY: note.Note(files, tuple(bare)).packed()}
+    write(file, tensors, _specification(family, folder) | texts)
     return tuple(dropped)
 
 

@@ -229,6 +229,13 @@ def test_what_a_unet_predicts(made: Made, tmp_path: Path, caplog: Any) -> None:
     assert predicts(file, prediction_type="epsilon") == "epsilon"
     save_file(load_file(file), bare, metadata={"modelspec.prediction_type": "epsilon"})
     assert predicts(bare) == "epsilon"
+    painting, first = load_file(file), "model.diffusion_model.input_blocks.0.0.weight"
+    painting[first] = torch.ones(len(painting[first]), 9, 3, 3)
+    save_file(painting, bare)
+    caplog.clear()
+    assert predicts(bare) == "epsilon", "as SD 2's own model for inpainting, which says nothing"
+    assert predicts(bare, prediction_type="v_prediction") == "v_prediction"
+    assert not caplog.records
     _, folder, file = made["sdxl"]
     told["tokenizer"] = folder
     marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
@@ -385,14 +392,20 @@ def test_the_command_draws_with_a_file(made: Made, kind: str, tmp_path: Path) ->
 
 
 def test_networks_without_a_place_there_are_refused(tmp_path: Path) -> None:
-    from tests.conftest import tiny_unet
+    from tests.conftest import tiny_small_vae, tiny_unet
 
-    pipe = pipeline("sd1")
-    pipe.unet = tiny_unet(class_embed_type="timestep")
-    pipe.save_pretrained(tmp_path / "other")
-    with pytest.raises(UserError, match=r"no place for, class_embedding\."):
-        to_file(tmp_path / "other", tmp_path / "other.safetensors")
-    assert not (tmp_path / "other.safetensors").exists()
+    other = pipeline("sd1")
+    other.unet = tiny_unet(class_embed_type="timestep")
+    small = pipeline("sd1")
+    small.vae = tiny_small_vae()
+    for pipe, message in (
+        (other, r"no place for, class_embedding\."),
+        (small, "vae is an AutoencoderTiny, which the original layout has no place for"),
+    ):
+        pipe.save_pretrained(tmp_path / "model")
+        with pytest.raises(UserError, match=message):
+            to_file(tmp_path / "model", tmp_path / "model.safetensors")
+        assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_what_is_no_model_is_refused_in_one_line(made: Made, tmp_path: Path) -> None:
