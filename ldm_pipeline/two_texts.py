@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.model_checks import ENCODING
 from ldm_pipeline.models import chunks, text
-from ldm_pipeline.pipeline import ENCODING
 from ldm_pipeline.request import Request
 from ldm_pipeline.values import Text
 

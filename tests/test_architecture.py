@@ -34,6 +34,7 @@ FRONT = {
     "canvas",
     "image_prompts",
     "loading",
+    "model_checks",
     "running",
     "randomness",
     "stock_arguments",
