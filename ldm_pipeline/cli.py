@@ -1,15 +1,16 @@
 """The `ldm` command: reads the arguments, calls one module of `commands/`, words the errors.
 
 Exit codes: 0 done, 1 done and what was looked at is wrong (`ldm dataset check` says what), 2 a
-mistake in the arguments (one line on stderr), 130 interrupted, 141 nobody reads the output. Only
-the standard library is imported here, and a command's own module only when that command is asked
-for, so that help and refusals answer at once.
+mistake in the arguments or a disk that fails (one line on stderr), 130 interrupted, 141 nobody
+reads the output. Only the standard library is imported here, and a command's own module only when
+that command is asked for, so that help and refusals answer at once.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -34,6 +35,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's complaint as a `UserError`, which `main` prints in one line."""
+        if wrong := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message):
+            flag, kind, value = wrong.groups()
+            message = f"{flag}={value} must be a {'whole ' * (kind == 'int')}number"
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
@@ -112,6 +116,10 @@ def ended(name: str, act: Callable[[], None]) -> int:
     except BrokenPipeError:  # the reader of our output has left, as `ldm show x | head` does
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:  # a full disk, a file that went away or may not be read
+        told = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(f"{name}: " + " ".join(told.split()), file=sys.stderr)
+        return 2
     except SystemExit as leave:  # argparse leaves this way after printing a command's help
         return leave.code if isinstance(leave.code, int) else 0
     return 0

@@ -53,6 +53,8 @@ MAX_SEED = 2**63 - 1
 SIZE_STEP = 8
 #: Far beyond what models draw well; more only fills the memory.
 MAX_SIDE, MAX_PIXELS = 2**14, 2**26
+#: Of one prompt; weeks of drawing.
+MAX_IMAGES = 1_000_000
 #: Steps and guidance where nobody names them, with `lcm` and without.
 LCM_STEPS, LCM_GUIDANCE = 4, 1.0
 STEPS, GUIDANCE = 50, 7.5
@@ -335,7 +337,11 @@ class Request:
                 check_levels(name, levels)
         if self.timesteps is None and self.sigmas is None:
             as_whole("num_inference_steps", self.num_inference_steps, 1)
-        as_whole("num_images_per_prompt", self.num_images_per_prompt, 1)
+        if as_whole("num_images_per_prompt", self.num_images_per_prompt, 1) > MAX_IMAGES:
+            raise UserError(
+                f"num_images_per_prompt={self.num_images_per_prompt} is too large; at most"
+                f" {MAX_IMAGES} pictures are drawn of a prompt"
+            )
         if self.clip_skip is not None:
             as_whole("clip_skip", self.clip_skip, 0)
         as_number("guidance_scale", self.guidance_scale, 0.0, math.inf)

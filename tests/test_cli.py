@@ -63,7 +63,8 @@ REFUSED = {
     "generat x": "did you mean 'generate'",
     "generate x --steps 0": "--steps=0",
     "generate x --steps -1": "--steps=-1",
-    "generate x --steps many": "--steps",
+    "generate x --steps many": "--steps='many' must be a whole number",
+    "generate x --guidance much": "--guidance='much' must be a number",
     "generate x --steps 1001": "--steps=1001 must lie between 1 and 1000",
     "generate x --lcm --steps 51": "--steps=51 must lie between 1 and 50",
     "generate x --sampler tcd --steps 51": "--steps=51 must lie between 1 and 50",
@@ -81,6 +82,7 @@ REFUSED = {
     "generate x --height 100000000 --width 8": "--height=100000000 is too large",
     "generate x --height 16384 --width 8192": "--height=16384 is too much with width=8192",
     "generate x --n 0": "--n=0",
+    "generate x --n 99999999999": "--n=99999999999 is too large; at most 1000000",
     "generate x --seed -1": "--seed=-1",
     "generate x --device gpu": "--device",
     "generate x --device cpu:0": "--device",
@@ -190,6 +192,83 @@ def test_the_help_lists_each_kind_with_its_own_flags(ldm: Ldm, command: Any) -> 
             assert [line.split()[0] for line in lines] == [f"--{flag}" for flag in told.defaults]
             needed = [line.split()[0][2:] for line in lines if line.endswith("(required)")]
             assert needed == [flag for flag, value in told.defaults.items() if value is REQUIRED]
+
+
+def test_a_failing_disk_is_one_line(ldm: Ldm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever file it was, and whichever command; words of several lines become one."""
+    for error, told in (
+        (OSError(5, "Input/output error", "a/b"), "ldm: a/b: Input/output error\n"),
+        (OSError("no space\nleft"), "ldm: no space left\n"),
+    ):
+        monkeypatch.setattr(info, "list_components", lambda *_, error=error: raise_(error))
+        assert ldm("info") == (2, "", told)
+
+
+def raise_(error: BaseException) -> None:
+    raise error
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_dataset_is_written_whole_or_not_at_all(
+    error: BaseException, ldm: Ldm, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    save, saved = Image.Image.save, []
+
+    def fails_late(picture: Image.Image, place: Path, *more: Any) -> None:
+        saved.append(place)
+        if len(saved) == 3:
+            raise error
+        save(picture, place, *more)
+
+    monkeypatch.setattr(Image.Image, "save", fails_late)
+    code, out, err = ldm("dataset", "concept", "--name", "cactus", "--out", "new", "--n", "5")
+    assert out == ""
+    assert (code, err.strip()) in (
+        (2, "ldm: cannot write new: No space left on device"),
+        (130, "ldm: interrupted"),
+    )
+    assert len(saved) == 3
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("out", [".", "../{}"])
+def test_a_folder_is_not_replaced_under_one_s_feet(out: str, ldm: Ldm, tmp_path: Path) -> None:
+    code, _, err = ldm("dataset", "world", "--out", out.format(tmp_path.name), "--n", "2")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the folder that you are in; name a new one" in err
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_of_other_pictures_is_not_judged(
+    ldm: Ldm, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluate, "open_pipeline", lambda *_: pytest.fail("loaded"))
+    config = model / "unet/config.json"
+    told = config.read_text()
+    try:
+        config.write_text(json.dumps({**json.loads(told), "sample_size": 64}))
+        code, out, err = ldm("evaluate", "--model", str(model))
+    finally:
+        config.write_text(told)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "draws pictures of 512x512, and the judge reads those of the picture world" in err
+
+
+def test_emulated_bfloat16_is_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where torch knows of it; float32, and a processor that has bfloat16, need no word."""
+    import torch
+
+    for able, dtype, told in (
+        ({"avx512_bf16": False, "amx_bf16": False}, "bfloat16", True),
+        ({"avx512_bf16": False, "amx_bf16": False}, "float32", False),
+        ({"avx512_bf16": False, "amx_bf16": True}, "bfloat16", False),
+        ({"architecture": "aarch64"}, "bfloat16", False),
+    ):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)
+        assert generate.pick_device("cpu", dtype) == ("cpu", dtype)
+        assert ("emulates bfloat16" in capsys.readouterr().err) is told
 
 
 def test_an_interrupt_is_130_without_a_traceback(ldm: Ldm, monkeypatch: pytest.MonkeyPatch) -> None:

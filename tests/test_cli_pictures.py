@@ -47,6 +47,8 @@ REFUSED = {
     "generate x --image a.png --mask hole.png --crop -1": "--crop=-1",
     "generate x --image a.png --grow 8,8": "--grow='8,8' must be pixels",
     "generate x --image a.png --grow 0": "--grow='0' must be pixels",
+    "generate x --image a.png --grow 99999999": "would be 200000028x200000018; a side has 16384",
+    "generate x --image a.png --grow 0,0,16000,16000": "would be 16030x16020",
     "generate x --image a.png --grow 8 --crop 4": "--crop and --grow do not go together",
     "generate x --image a.png --height 30": "multiple of 8",
 }

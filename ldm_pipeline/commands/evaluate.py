@@ -13,7 +13,14 @@ from ldm_pipeline.commands.generate import (
     pick_device,
 )
 from ldm_pipeline.commands.outputs import check_folder
-from ldm_pipeline.commands.sources import find, find_decoder, open_pipeline, scheduler_config
+from ldm_pipeline.commands.sources import (
+    Source,
+    find,
+    find_decoder,
+    open_pipeline,
+    scheduler_config,
+    unet_config,
+)
 from ldm_pipeline.commands.steps import (
     add_step_arguments,
     check_eta,
@@ -22,7 +29,7 @@ from ldm_pipeline.commands.steps import (
     settle_steps,
 )
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.request import Request
+from ldm_pipeline.request import SIZE_STEP, Request
 from ldm_pipeline.too_large import in_memory
 
 PURPOSE = "measure how well a model draws the picture world, with 95 % intervals"
@@ -64,6 +71,7 @@ def run(args: argparse.Namespace) -> None:
     note = check_lcm(args.lcm, source)
     check_steps(args.steps, args.sampler, note, scheduler_config(source))
     decoder = find_decoder(args.decoder, source)
+    _check_side(source)
 
     device, dtype = pick_device(args.device, args.dtype)
     with in_memory("while the model was opened", SMALLER_MODEL):
@@ -86,3 +94,16 @@ def run(args: argparse.Namespace) -> None:
             out=args.out,
         )
     print(report)
+
+
+def _check_side(source: Source) -> None:
+    """Refuse a model of other pictures than the judge reads, as far as its configuration tells."""
+    from ldm_pipeline.data.world.scene import CANVAS
+
+    side = (unet_config(source) or {}).get("sample_size")
+    if isinstance(side, int) and side * SIZE_STEP != CANVAS:
+        own = side * SIZE_STEP
+        raise UserError(
+            f"--model={source.name} draws pictures of {own}x{own}, and the judge reads those of the"
+            f" picture world, {CANVAS}x{CANVAS}; name a model of that world"
+        )

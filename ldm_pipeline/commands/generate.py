@@ -181,7 +181,7 @@ def run(args: argparse.Namespace) -> None:
         origin = pictures.settled(given.origin, pipeline.request_class.tasks)
         recipe = replace(recipe, origin=origin)
     pipeline.set_progress_bar_config(disable=args.quiet or len(jobs) > 1 or not sys.stderr.isatty())
-    sampler = args.sampler or ("lcm" if args.lcm else "own sampler")
+    sampler = args.sampler or ("lcm" if args.lcm else "the model's sampler")
     say(f"seed {seed}, {args.steps} steps, {sampler}, {device} {dtype}")
     began = time.perf_counter()
     drawn = draw(pipeline, jobs, args, given, say)
@@ -345,6 +345,15 @@ def pick_device(device: str, dtype: str) -> tuple[str, str]:
         raise UserError(f"--device={device}: this machine has {torch.cuda.device_count()}")
     if dtype == "auto":
         dtype = "float32" if kind in ("cpu", "mps") else "float16"
+    if kind == "cpu" and dtype == "bfloat16":
+        from ldm_pipeline.models.precision import emulates_bfloat16
+
+        if emulates_bfloat16():
+            print(
+                "ldm: this CPU emulates bfloat16, which takes some 30 times as long as --dtype"
+                " float32",
+                file=sys.stderr,
+            )
     return device, dtype
 
 

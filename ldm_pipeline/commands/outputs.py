@@ -28,6 +28,8 @@ def check_folder(path: Path) -> Path:
         raise UserError(f"cannot write {path}: it is a file, not a folder")
     if path.is_dir() and any(path.iterdir()):
         raise UserError(f"cannot write {path}: it is not empty; name a new folder")
+    if path.is_dir() and path.samefile("."):  # it is replaced as a whole, under one's feet
+        raise UserError(f"cannot write {path}: it is the folder that you are in; name a new one")
     _check_parent(path)
     return path
 

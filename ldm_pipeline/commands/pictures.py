@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ldm_pipeline.commands.hashing import of_bytes
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.metadata import Origin
-from ldm_pipeline.request import SIZE_STEP, Task
+from ldm_pipeline.request import MAX_PIXELS, MAX_SIDE, SIZE_STEP, Task
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -115,8 +115,8 @@ def paints(args: argparse.Namespace) -> bool:
 def read(args: argparse.Namespace) -> Given | None:
     """The picture and mask that `args` name; None without --image.
 
-    Raises `UserError` for a file that is missing or no picture, for a mask of another shape, and
-    for one that leaves nothing to paint.
+    Raises `UserError` for a file that is missing or no picture, for a mask of another shape or one
+    that leaves nothing to paint, and for more pixels than can be drawn.
     """
     if args.image is None:
         return None
@@ -138,6 +138,8 @@ def read(args: argparse.Namespace) -> Given | None:
         size = (args.width or image.width, args.height or image.height)
         image = image.resize(size, Images.Resampling.LANCZOS)
         mask = None if mask is None else mask.resize(size, Images.Resampling.NEAREST)
+    if args.crop is None:
+        _check_size(image.width + sides[0] + sides[2], image.height + sides[1] + sides[3])
     image, painted = grown(image, *sides, mask=mask)
     size = image.size
     drawn: tuple[int | None, int | None] = (args.width, args.height)
@@ -175,6 +177,15 @@ def read_sides(text: str | None) -> tuple[int, int, int, int]:
         left, top, right, bottom = map(int, parts * (4 // len(parts)))
         return left, top, right, bottom
     raise UserError(f"--grow={text!r} must be pixels, as in 32, or left,top,right,bottom: 0,0,64,0")
+
+
+def _check_size(width: int, height: int) -> None:
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise UserError(
+            f"the picture would be {width}x{height}; a side has {MAX_SIDE} pixels at most, and a"
+            f" picture {MAX_PIXELS}, such as 8192x8192: name a smaller --height and --width, or"
+            " --grow it less"
+        )
 
 
 def _contents(flag: str, path: Path) -> bytes:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.request import MAX_SIDE
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,8 +57,10 @@ def aspect_buckets(resolution: int, step: int = 64, *, upscale: bool = False) ->
     """
     if step < 8 or step % 8:
         raise UserError(f"step={step} must be a multiple of 8")
-    if resolution < step or resolution % step:
-        raise UserError(f"resolution={resolution} must be a multiple of the step, {step}")
+    if not step <= resolution <= MAX_SIDE or resolution % step:
+        raise UserError(
+            f"resolution={resolution} must be a multiple of the step, {step}, up to {MAX_SIDE}"
+        )
     smallest = -(-resolution // 2 // step) * step
     low = max(step, smallest // 2 // step * step)
     sides = range(resolution, smallest - 1, -step)

@@ -68,16 +68,19 @@ class Report:
             low, high = share.interval
             floor = f"{FLOORS[name]:.2f}" if name in FLOORS else "-"
             trials = f"{share.k} of {share.n}"
-            lines.append(
-                f"{name:40}{share.value:9.3f}   [{low:.3f}, {high:.3f}]   {trials:12}{floor}"
-            )
+            value = f"{share.value:.3f}" if share.n else "-"
+            lines.append(f"{name:40}{value:>9}   [{low:.3f}, {high:.3f}]   {trials:12}{floor}")
         lines.append(f"{'autoencoder, PSNR in dB':40}{self.psnr:9.2f}{'':34}{PSNR_FLOOR:.0f}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """The figures as plain values."""
         shares = {
-            name: {**asdict(share), "value": share.value, "interval": share.interval}
+            name: {
+                **asdict(share),
+                "value": share.value if share.n else None,  # JSON has no NaN
+                "interval": share.interval,
+            }
             for name, share in self.shares.items()
         }
         return {"settings": self.settings, "shares": shares, "psnr": self.psnr, "floors": FLOORS}
@@ -212,7 +215,7 @@ def reconstructed(vae: Any, pictures: int, seed: int) -> tuple[float, Share]:
     """Mean PSNR in dB (the peak is 255) of fresh pictures through the autoencoder, and how often
     the judge reads the whole scene from what comes out."""
     world, values, right = World(seed, "test"), [], []
-    for first in range(0, pictures, 20):
+    for first in tqdm(range(0, pictures, 20), desc="reconstructing", unit="batch", leave=False):
         samples = [world[i] for i in range(first, min(first + 20, pictures))]
         x = torch.from_numpy(np.stack([sample.picture for sample in samples]))
         x = x.permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1

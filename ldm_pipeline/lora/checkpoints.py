@@ -18,6 +18,7 @@ from ldm_pipeline.lora.targets import COMPONENTS, TEXT_MODEL
 from ldm_pipeline.models import folders
 from ldm_pipeline.models.headers import read_header
 from ldm_pipeline.models.trust import CLASSES, PICKLES, SAFE
+from ldm_pipeline.replacing import replacing
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -95,19 +96,17 @@ def rewritten(
 ) -> Path:
     """A copy of the folder at `out` with every W as `change(component, name, W)` has it.
 
-    Files that hold none of them are copied as they are. What does not get finished is removed.
+    Files that hold none of them are copied as they are. The copy appears whole or not at all.
+    Raises `UserError` where it cannot be written, or would hold numbers that are not finite.
     """
-    try:
-        ignored = _not_ours(checkpoint)
-        shutil.copytree(checkpoint.folder, out, ignore=ignored, dirs_exist_ok=True)
+    with replacing(out) as temporary:
+        try:
+            shutil.copytree(checkpoint.folder, temporary, ignore=_not_ours(checkpoint))
+        except shutil.Error as error:  # a list of (from, to, why)
+            raise OSError(error.args[0][0][2]) from error
         for file, keys in _by_file(checkpoint):
-            target = out / file.relative_to(checkpoint.folder)
+            target = temporary / file.relative_to(checkpoint.folder)
             _write_changed(target, file, keys, change)
-    except BaseException as error:
-        shutil.rmtree(out, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-        raise
     return out
 
 
@@ -118,7 +117,7 @@ def _write_changed(
     change: Callable[[str, str, Tensor], Tensor],
 ) -> None:
     """Write a file's contents with the tensors of `keys` (key -> component, name) changed."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import save_file
 
     tensors = {}
@@ -127,7 +126,16 @@ def _write_changed(
         for key in opened.keys():  # noqa: SIM118 (it is no mapping)
             w = opened.get_tensor(key)
             tensors[key] = change(*keys[key], w).to(w.dtype) if key in keys else w
-    save_file(tensors, target, texts)
+            if key in keys and not tensors[key].isfinite().all():
+                kind = str(w.dtype).removeprefix("torch.")
+                raise UserError(
+                    f"{'.'.join(keys[key])} would hold numbers that are not finite in {kind};"
+                    " give the LoRA a smaller weight"
+                )
+    try:
+        save_file(tensors, target, texts)
+    except SafetensorError as error:  # a full disk, for one
+        raise OSError(str(error)) from error
 
 
 def _by_file(checkpoint: Checkpoint) -> Iterator[tuple[Path, dict[str, tuple[str, str]]]]:

@@ -51,6 +51,8 @@ def read_header(file: Path) -> FileHeader:
         if not file.is_file():
             raise ValueError("it is no file")
         size = file.stat().st_size
+        if not size:
+            raise ValueError("it is empty")
         with file.open("rb") as stream:
             start = stream.read(8)
             (length,) = struct.unpack("<Q", start)

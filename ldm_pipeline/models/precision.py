@@ -1,7 +1,8 @@
-"""Autoencoders in float16, whose numbers end at 65,504: what overflows is computed anew in float32.
+"""Narrow numbers: where bfloat16 is quick, and autoencoders that overflow in float16.
 
-Every picture is looked at by itself, and the autoencoder, which other pipelines may share, stays as
-it is: so a picture is the same alone, in any batch, and whatever was drawn before it. SDXL's, whose
+Float16's numbers end at 65,504, and what overflows is computed anew in float32. Every picture is
+looked at by itself, and the autoencoder, which other pipelines may share, stays as it is: so a
+picture is the same alone, in any batch, and whatever was drawn before it. SDXL's, whose
 configuration says that it overflows (`force_upcast`), is not tried first (`widened`).
 """
 
@@ -22,6 +23,22 @@ logger = logging.getLogger(__name__)
 _telling = threading.Lock()
 _told: WeakSet[nn.Module] = WeakSet()
 """The autoencoders of which was said that they overflow."""
+
+
+def has_bfloat16(device: str) -> bool:
+    """Whether a kind of device multiplies bfloat16: all GPUs that CUDA calls able, and CPUs with
+    AVX512-BF16 or AMX."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities() if device == "cpu" else {}
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def emulates_bfloat16() -> bool:
+    """Whether this CPU is known to emulate it, some 30 times slower than it computes in float32;
+    torch tells it of Intel's and AMD's."""
+    told = torch.cpu.get_capabilities().get("avx512_bf16")
+    return told is False and not has_bfloat16("cpu")
 
 
 def finite(vae: Any, x: Tensor, ask: Callable[[Any, Tensor], Tensor]) -> Tensor:

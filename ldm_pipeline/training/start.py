@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora import files
 from ldm_pipeline.lora.inject import Adapter
+from ldm_pipeline.models.precision import has_bfloat16
 from ldm_pipeline.processes.ranks import launched
 from ldm_pipeline.training.config import RunSettings
 
@@ -96,17 +97,12 @@ def precision(asked: str, device: str | None = None) -> str:
     """What `mixed_precision` comes to on a kind of device (the process's own unless one is named):
     "no", "bf16" or "fp16".
 
-    "auto" is bf16 where the hardware multiplies it (all GPUs that CUDA calls able, CPUs with
-    AVX512-BF16 or AMX: there about twice as fast) and float32 elsewhere: a CPU that has to emulate
-    bf16 is some 30 times slower.
+    "auto" is bf16 where the hardware multiplies it (there about twice as fast) and float32
+    elsewhere.
     """
     if asked != "auto":
         return asked
-    device = device or launched().device.type
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no"
-    able = torch.cpu.get_capabilities() if device == "cpu" else {}
-    return "bf16" if able.get("avx512_bf16") or able.get("amx_bf16") else "no"
+    return "bf16" if has_bfloat16(device or launched().device.type) else "no"
 
 
 def warn_of_accelerate(run: RunSettings) -> None:

@@ -187,6 +187,7 @@ def test_a_seeded_place_depends_on_seed_and_key_alone_and_reaches_everywhere() -
     [
         ((500,), "resolution=500 must be a multiple of the step, 64"),
         ((32,), "resolution=32"),
+        ((64_000_000,), "resolution=64000000 must be a multiple of the step, 64, up to 16384"),
         ((512, 12), "step=12 must be a multiple of 8"),
         ((512, 0), "step=0"),
     ],

@@ -13,9 +13,11 @@ import torch
 
 from ldm_pipeline.data.world import World, render
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.evaluation.metrics import Share
 from ldm_pipeline.evaluation.report import (
     FLOORS,
     READ_BACK,
+    Report,
     evaluate,
     judged,
     reconstructed,
@@ -145,3 +147,11 @@ def test_counting_weighs_every_count_alike() -> None:
     share = shares_of([judged(s, s.picture) for s in samples], [])["count, 1 to 4"]
     counts = [s.description.mentions[0].count for s in samples if len(s.description.mentions) == 1]
     assert share.n == 4 * min(counts.count(n) for n in (1, 2, 3, 4))
+
+
+def test_a_figure_without_trials_is_no_number() -> None:
+    """A few prompts may hold none of a sort; the report is JSON that any reader takes."""
+    report = Report({"size": Share.of([])}, 30.0, {})
+    assert "nan" not in str(report)
+    told = json.dumps(report.to_json(), allow_nan=False)
+    assert json.loads(told)["shares"]["size"]["value"] is None

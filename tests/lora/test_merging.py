@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 from diffusers import StableDiffusionPipeline
+from safetensors import SafetensorError
 from torch._dynamo.utils import counters
 
 from ldm_pipeline.errors import UserError
@@ -130,6 +132,30 @@ def test_a_lora_that_does_not_fit_a_checkpoint_writes_nothing(folder: Path, tmp_
             open_checkpoint(folder), [(lora(PIPELINES["sdxl"]()), 1.0)], tmp_path / "out"
         )
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("broken", ["copytree", "save_file", "overflow"])
+def test_a_model_that_cannot_be_written_whole_is_not_written(
+    broken: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        if broken == "copytree":
+            raise shutil.Error([("a", "b", "[Errno 28] No space left on device: 'b'")])
+        raise SafetensorError("No space left on device")
+
+    if broken == "copytree":
+        monkeypatch.setattr(shutil, "copytree", full)
+    if broken == "save_file":
+        monkeypatch.setattr(safetensors.torch, "save_file", full)
+    weight = 1e39 if broken == "overflow" else 1.0
+    why = (
+        "not finite in float32; give" if broken == "overflow" else "cannot write .*out: .*No space"
+    )
+    with pytest.raises(UserError, match=why):
+        into_checkpoint(
+            open_checkpoint(folder), [(lora(PIPELINES["sd1"]()), weight)], tmp_path / "out"
+        )
+    assert not any(tmp_path.iterdir())
 
 
 def test_a_stranger_s_links_are_not_copied(folder: Path, tmp_path: Path) -> None:

@@ -36,3 +36,9 @@ def test_a_file_that_is_not_whole_is_refused_in_one_line(file: Path) -> None:
         with pytest.raises(UserError, match=r"a\.safetensors is no whole safetensors") as refusal:
             read_header(file)
         assert "\n" not in str(refusal.value)
+
+
+def test_an_empty_file_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "a.safetensors").touch()
+    with pytest.raises(UserError, match=r"opened: it is empty$"):
+        read_header(tmp_path / "a.safetensors")

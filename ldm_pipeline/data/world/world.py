@@ -18,6 +18,7 @@ from ldm_pipeline.data.world.captions import Description, describe, held_out_cap
 from ldm_pipeline.data.world.render import masks, render
 from ldm_pipeline.data.world.scene import HELD_OUT_PAIRS, Scene, held_out_pair, pick, sample_scene
 from ldm_pipeline.errors import UserError, choose
+from ldm_pipeline.replacing import replacing
 
 SPLITS = ("train", "test", "unseen pairs")
 _CASES_WITH_A_PAIR = ("single", "single", "related pair", "related pair", "pair", "count")
@@ -111,14 +112,18 @@ def write_folder(out: str | Path, n: int, seed: int = 0, split: str = "train") -
 def write_samples(
     out: str | Path, samples: Iterable[Sample], n: int, about: Mapping[str, str] | None = None
 ) -> Path:
-    """Writes `n` samples as an image folder, each line of metadata.jsonl with what is `about`."""
+    """Writes `n` samples as an image folder, each line of metadata.jsonl with what is `about`.
+
+    The folder appears whole or not at all. Raises `UserError` where it cannot be written.
+    """
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
     width = max(6, len(str(n - 1)))
-    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as lines:
-        for number, sample in enumerate(samples):
-            name = f"{number:0{width}d}.png"
-            Image.fromarray(sample.picture).save(folder / name)
-            record = {"file_name": name, "text": sample.caption, "scene": asdict(sample.scene)}
-            lines.write(json.dumps({**record, **(about or {})}) + "\n")
+    with replacing(folder) as temporary:
+        temporary.mkdir(parents=True)
+        with (temporary / "metadata.jsonl").open("w", encoding="utf-8") as lines:
+            for number, sample in enumerate(samples):
+                name = f"{number:0{width}d}.png"
+                Image.fromarray(sample.picture).save(temporary / name)
+                record = {"file_name": name, "text": sample.caption, "scene": asdict(sample.scene)}
+                lines.write(json.dumps({**record, **(about or {})}) + "\n")
     return folder
