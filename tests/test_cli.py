@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import shlex
 import struct
 import subprocess
@@ -466,7 +467,15 @@ def test_a_grid_comes_back_from_its_command_too(ldm: Ldm, model: Path) -> None:
 
 def test_quiet_prints_only_names(ldm: Ldm, model: Path) -> None:
     words = ["generate", "a red star", "--model", str(model), "--steps", "1", "--quiet"]
-    assert ldm(*words) == (0, "a-red-star.png\n", "")
+    assert ldm(*words, "--seed", "7") == (0, "a-red-star-7.png\n", "")
+
+
+def test_the_same_words_with_another_seed_do_not_replace_a_picture(ldm: Ldm, model: Path) -> None:
+    words = ["generate", "A red *star*!", "--model", str(model), "--steps", "1"]
+    named = {ldm(*words)[1].strip() for _ in range(2)}
+    assert len(named) == 2
+    assert all(re.fullmatch(r"a-red-star-\d+\.png", name) for name in named)
+    assert all(Path(name).is_file() for name in named)
 
 
 def test_words_never_learnt_are_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

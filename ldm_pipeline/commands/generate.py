@@ -86,7 +86,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output",
         type=Path,
         metavar="FILE",
-        help="a .png, .webp or .jpg (a .png named by the words)",
+        help="a .png, .webp or .jpg (a .png named by the words and the seed)",
     )
     add("--prompts", type=Path, metavar="FILE", help="read prompts from a text file, one a line")
     add("--n", type=int, default=1, help="pictures for each prompt (%(default)s)")
@@ -173,7 +173,7 @@ def run(args: argparse.Namespace) -> None:
         origin=given.origin if given is not None else None,
         digests=digests_of(source, loras, args.lcm, args.decoder),
     )
-    output = check_output(args, prompts)
+    output = check_output(args, prompts, seed)
     longest = replace(recipe, prompts=(max(prompts, key=len),))
     check_fits(output, recipe if args.grid else longest)
     pipeline = open_adapted(source, device, dtype, loras, decoder, memory)
@@ -283,17 +283,19 @@ def read_lines(path: Path) -> list[tuple[int, str]]:
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def check_output(args: argparse.Namespace, prompts: Sequence[str]) -> Path:
-    """The file that -o names, or one named after the first prompt; writable, else `UserError`."""
+def check_output(args: argparse.Namespace, prompts: Sequence[str], seed: int) -> Path:
+    """The file that -o names, or one named after the first prompt and the seed, so that another
+    picture of the same words does not replace it; writable, else `UserError`."""
     if args.output is not None:
         return check_picture(args.output)
     words = re.findall(r"\w+", prompts[0].lower())
-    return check_picture(Path(("-".join(words)[:60].strip("-") or "picture") + ".png"))
+    stem = "-".join(words)[:60].strip("-") or "picture"
+    return check_picture(Path(f"{stem}-{seed}.png"))
 
 
 def plan(args: argparse.Namespace, prompts: Sequence[str], seed: int) -> list[Job]:
     """Every picture of the run in order, prompt by prompt, with consecutive seeds."""
-    output = check_output(args, prompts)
+    output = check_output(args, prompts, seed)
     wanted = [prompt for prompt in prompts for _ in range(args.n)]
     if args.grid:
         return [Job(prompt, seed + k, None) for k, prompt in enumerate(wanted)]

@@ -67,8 +67,8 @@ def find(name: str) -> Source:
         raise UserError(f"there is no file {name}")
     if not HUB_ID.fullmatch(name) or folder.parent.is_dir():
         raise UserError(
-            f"there is no model folder {name}, and a hub id is written owner/name; --model takes "
-            "a folder in Diffusers layout, a .safetensors file, a hub id or bundled"
+            f"there is no model folder {name}, and a hub id is written owner/name; a model is a"
+            " folder in Diffusers layout, a .safetensors file, a hub id or bundled"
         )
     if offline() and cached(name) is None:
         raise UserError(

@@ -19,6 +19,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 from ldm_pipeline.data.buckets import Buckets, Size
@@ -79,7 +80,7 @@ class Report:
             lines.append(f"{f'{width}x{height}':>11} {n:>9} {n % self.batch_size:>10}")
         lines += ["", *(f"error: {error}" for error in self.errors)]
         lines += [f"warning: {warning}" for warning in self.warnings]
-        lines += [f"{len(self.errors)} errors, {len(self.warnings)} warnings"]
+        lines += [f"errors: {len(self.errors)}, warnings: {len(self.warnings)}"]
         # A file's name may hold anything, also what a terminal obeys.
         return "\n".join("".join(c if c.isprintable() else "?" for c in line) for line in lines)
 
@@ -123,7 +124,11 @@ def check(
     errors = [fact.problem for fact in facts if fact.problem is not None]
     too_small = [key for key, bucket in chosen.items() if bucket is None]
     if sound and len(too_small) == len(sound):
-        errors.append("every picture is too small; choose a smaller resolution, or enlarge them")
+        width, height = max((fact.size for fact in sound), key=prod)
+        errors.append(
+            f"every picture is too small (the largest has {width}x{height}); choose a smaller"
+            " --resolution, or --upscale"
+        )
     if items and not any(any(item.captions) for item in items):
         errors.append("no picture has a caption, in metadata.jsonl or in .txt files beside them")
     texts = {text for item in items for text in item.captions} | {""}

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_pipeline.training.start import precision
+from ldm_pipeline.models.precision import has_bfloat16
 
 MOMENTUM = 0.95
 RMS = 0.2
@@ -104,4 +104,4 @@ def orthogonal(m: Tensor, steps: int = 5) -> Tensor:
 
 @cache
 def _precision(device: str) -> torch.dtype:
-    return torch.bfloat16 if precision("auto", device) == "bf16" else torch.float32
+    return torch.bfloat16 if has_bfloat16(device) else torch.float32

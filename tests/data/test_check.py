@@ -50,7 +50,7 @@ def test_a_sound_dataset_has_nothing_to_report_but_its_counts(folder: Path) -> N
     rows = [line.split() for line in str(report).splitlines()]
     assert ["64x64", "5", "1"] in rows
     assert ["128x32", "2", "0"] in rows
-    assert rows[-1] == ["0", "errors,", "0", "warnings"]
+    assert rows[-1] == ["errors:", "0,", "warnings:", "0"]
 
 
 @pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 8])
