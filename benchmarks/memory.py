@@ -121,7 +121,7 @@ def alone(args: argparse.Namespace) -> Taken:
     dtype, memory = MODES[args.alone]
     device = torch.device(args.device)
     try:
-        settled = arranging.settle(memory, device, dtype)
+        settled = arranging.resolve(memory, device, dtype)
         if settled.attention != memory.attention:
             raise UserError(f"{memory.attention} cannot run here")
         pipe = opened(args.model, dtype).arrange(settled, device)

@@ -23,7 +23,7 @@ from packaging import version
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.models import bundled, folders
 from ldm_pipeline.models.hub import fetched_index, reaching
-from ldm_pipeline.models.original.checkpoint import Checkpoint, open_checkpoint
+from ldm_pipeline.models.original.checkpoint import SingleFile, open_single_file
 from ldm_pipeline.models.quantising import quantised
 from ldm_pipeline.models.reading import reading
 from ldm_pipeline.models.schedulers import scheduler_class
@@ -197,7 +197,7 @@ class FolderPipeline(DiffusionPipeline):
     @classmethod
     def from_checkpoint(
         cls,
-        checkpoint: Checkpoint,
+        checkpoint: SingleFile,
         dtype: torch.dtype,
         parts: Mapping[str, Any] | None = None,
     ) -> Self:
@@ -309,10 +309,10 @@ def single_file(
     prediction_type: str | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     given: Collection[str] = (),
-) -> Checkpoint:
-    """The checkpoint in a single file; see `open_checkpoint`."""
+) -> SingleFile:
+    """The checkpoint in a single file; see `open_single_file`."""
     folder = None if tokenizer is None else Path(tokenizer).expanduser()
-    return open_checkpoint(file, prediction_type=prediction_type, tokenizer=folder, given=given)
+    return open_single_file(file, prediction_type=prediction_type, tokenizer=folder, given=given)
 
 
 def _fetched(cls: type[FolderPipeline], hub_id: str, **told: Any) -> Path:

@@ -42,7 +42,7 @@ from ldm_pipeline.memory import Memory
 from ldm_pipeline.model_checks import ModelChecks
 from ldm_pipeline.models import arranging, autoencoder, chunks, text
 from ldm_pipeline.models.offloading import in_turn
-from ldm_pipeline.models.sampling import settle
+from ldm_pipeline.models.sampling import upgrade_config
 from ldm_pipeline.request import (
     CALLBACK_TENSORS,
     GUIDANCE,
@@ -93,7 +93,7 @@ class LatentDiffusionPipeline(
         super().__init__()
         if safety_checker is not None and feature_extractor is None:
             raise UserError("a safety_checker needs a feature_extractor; pass both or neither")
-        settle(scheduler)
+        upgrade_config(scheduler)
         self.register_modules(
             vae=vae,
             text_encoder=text_encoder,

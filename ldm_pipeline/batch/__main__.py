@@ -113,7 +113,7 @@ def _draw_all(
 ) -> None:
     """Draw this process's share of what is missing, and wait for the others."""
     device, dtype = pick_device(args.device, args.dtype)
-    memory = memory_flags.settle(memory, device, dtype)
+    memory = memory_flags.resolve(memory, device, dtype)
     used = digests_of(source, loras, args.lcm, args.decoder)
     recipes = [
         replace(order.recipe(loras, device, dtype, memory), digests=used) for order in orders

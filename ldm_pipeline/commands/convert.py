@@ -49,9 +49,9 @@ def run(args: argparse.Namespace) -> None:
             print(f"ldm: left out, the layout has no place: {', '.join(dropped)}", file=sys.stderr)
     else:
         from ldm_pipeline.models.original import build
-        from ldm_pipeline.models.original.checkpoint import open_checkpoint
+        from ldm_pipeline.models.original.checkpoint import open_single_file
 
-        checkpoint = open_checkpoint(
+        checkpoint = open_single_file(
             source, prediction_type=args.prediction_type, tokenizer=args.tokenizer
         )
         build.check(checkpoint)

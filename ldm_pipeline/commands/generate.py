@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> None:
         warn_of_unknown_words(texts, weighted=not args.plain)
 
     device, dtype = pick_device(args.device, args.dtype)
-    memory = memory_flags.settle(memory, device, dtype)
+    memory = memory_flags.resolve(memory, device, dtype)
     recipe = recipe_of(args, prompts, seed, loras, device, dtype, memory)
     recipe = replace(
         recipe,

@@ -35,7 +35,7 @@ from ldm_pipeline.models.hub import cached
 from ldm_pipeline.values import DTYPES
 
 if TYPE_CHECKING:
-    from ldm_pipeline.lora.checkpoints import Checkpoint
+    from ldm_pipeline.lora.checkpoints import ModelFolder
 
 BASE = "ss_sd_model_name"
 """What a header calls the base model's name."""
@@ -71,7 +71,7 @@ def convert(args: argparse.Namespace) -> None:
     (file,) = args.places
     header = inspect(file)
     family = _checked(args, [header])
-    _write(args, _settled(_read(file, family), _base(args.model)), family, header.texts)
+    _write(args, _completed(_read(file, family), _base(args.model)), family, header.texts)
 
 
 def info(args: argparse.Namespace) -> None:
@@ -84,10 +84,10 @@ def info(args: argparse.Namespace) -> None:
     if model is None:
         return
 
-    from ldm_pipeline.lora.deltas import settle
+    from ldm_pipeline.lora.deltas import completed
     from ldm_pipeline.lora.fitting import fit_modules
 
-    found = fit_modules(settle(weights, model.weight), model.modules)
+    found = fit_modules(completed(weights, model.weight), model.modules)
     print(f"{args.model}: {'fits' if found else 'does not fit'}, {found.matched} keys matched")
     print("".join(f"  {line}\n" for line in found.unmatched()), end="")
     if not found:
@@ -120,7 +120,7 @@ def merge(args: argparse.Namespace) -> None:
 
     loras = []
     for file, weight in files:
-        weights = _settled(_read(file, family), base)
+        weights = _completed(_read(file, family), base)
         loras.append((without_dora(weights, base.weight) if base else weights, weight))
     merged = ", ".join(f"{Path(file).name}:{weight:g}" for file, weight in files)
     names = {header.texts.get(BASE) for header in headers}
@@ -183,7 +183,7 @@ def _checked(args: argparse.Namespace, headers: list[Header]) -> Family | None:
     return family
 
 
-def _base(name: str | None) -> Checkpoint | None:
+def _base(name: str | None) -> ModelFolder | None:
     """The model that a flag names, its headers read; `UserError` where there is none here."""
     if name is None:
         return None
@@ -197,9 +197,9 @@ def _base(name: str | None) -> Checkpoint | None:
     if folder is None:
         raise UserError(f"{name} is not in the cache; ldm generate downloads it")
 
-    from ldm_pipeline.lora.checkpoints import open_checkpoint
+    from ldm_pipeline.lora.checkpoints import open_model_folder
 
-    return open_checkpoint(folder)
+    return open_model_folder(folder)
 
 
 def _read(file: str, family: Family | None) -> LoraWeights:
@@ -208,18 +208,18 @@ def _read(file: str, family: Family | None) -> LoraWeights:
     return convolved(weights, required(family)) if is_asked_for(inspect(file).shapes) else weights
 
 
-def _settled(weights: LoraWeights, base: Checkpoint | None) -> LoraWeights:
+def _completed(weights: LoraWeights, base: ModelFolder | None) -> LoraWeights:
     """The LoRA as its base needs it, where that is at hand; `UserError` where it does not fit."""
     if base is None:
         return weights
-    from ldm_pipeline.lora.deltas import settle
+    from ldm_pipeline.lora.deltas import completed
     from ldm_pipeline.lora.fitting import fit_modules
 
-    settled = settle(weights, base.weight)
-    found = fit_modules(settled, base.modules)
+    whole = completed(weights, base.weight)
+    found = fit_modules(whole, base.modules)
     if not found:
         raise UserError(f"the LoRA does not fit {base.folder}: {found}")
-    return settled
+    return whole
 
 
 def _write(

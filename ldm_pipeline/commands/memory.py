@@ -60,13 +60,13 @@ def read(args: argparse.Namespace) -> Memory:
     return memory
 
 
-def settle(memory: Memory, device: str, dtype: str) -> Memory:
+def resolve(memory: Memory, device: str, dtype: str) -> Memory:
     """What it comes to on `device` (`models.arranging`); `UserError`, in the flags' words."""
     import torch
 
     from ldm_pipeline.models import arranging
 
     try:
-        return arranging.settle(memory, torch.device(device), getattr(torch, dtype))
+        return arranging.resolve(memory, torch.device(device), getattr(torch, dtype))
     except UserError as error:
         raise UserError(f"--{error}") from error

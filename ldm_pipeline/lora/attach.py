@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.lora.deltas import Base, settle
+from ldm_pipeline.lora.deltas import Base, completed
 from ldm_pipeline.lora.files import check_weight, load
 from ldm_pipeline.lora.fitting import fit
 from ldm_pipeline.lora.inject import remove
@@ -76,7 +76,7 @@ def put(
     loaded = []
     base = base_of(models)
     for path in files:
-        weights = settle(load(path), base)
+        weights = completed(load(path), base)
         found = fit(weights, models)
         if not found:
             told = f"{path} does not fit this model: {found}; another model's LoRA?"

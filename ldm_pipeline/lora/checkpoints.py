@@ -38,7 +38,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class ModelFolder:
     """The networks in a model folder that a LoRA can adapt: each tensor's place, by component and
     name; text encoders' without `text_model.`"""
 
@@ -73,7 +73,7 @@ class Checkpoint:
         return found
 
 
-def open_checkpoint(folder: Path) -> Checkpoint:
+def open_model_folder(folder: Path) -> ModelFolder:
     """The model in `folder`, its headers read and nothing else.
 
     Raises `UserError` for a folder that is no pipeline or not safe to open (a copy of it would
@@ -88,11 +88,11 @@ def open_checkpoint(folder: Path) -> Checkpoint:
                 tensors.setdefault(component, {})[name] = Place(file, key, shape)
     if not tensors:
         raise UserError(f"{folder} holds no safetensors weights of {', '.join(COMPONENTS)}")
-    return Checkpoint(folder, tensors)
+    return ModelFolder(folder, tensors)
 
 
 def rewritten(
-    checkpoint: Checkpoint, out: Path, change: Callable[[str, str, Tensor], Tensor]
+    checkpoint: ModelFolder, out: Path, change: Callable[[str, str, Tensor], Tensor]
 ) -> Path:
     """A copy of the folder at `out` with every W as `change(component, name, W)` has it.
 
@@ -138,7 +138,7 @@ def _write_changed(
         raise OSError(str(error)) from error
 
 
-def _by_file(checkpoint: Checkpoint) -> Iterator[tuple[Path, dict[str, tuple[str, str]]]]:
+def _by_file(checkpoint: ModelFolder) -> Iterator[tuple[Path, dict[str, tuple[str, str]]]]:
     """Each file of weights, with the modules whose W it holds by key."""
     files: dict[Path, dict[str, tuple[str, str]]] = {}
     modules = checkpoint.modules
@@ -151,7 +151,7 @@ def _by_file(checkpoint: Checkpoint) -> Iterator[tuple[Path, dict[str, tuple[str
     yield from files.items()
 
 
-def _not_ours(checkpoint: Checkpoint) -> Callable[[str, list[str]], set[str]]:
+def _not_ours(checkpoint: ModelFolder) -> Callable[[str, list[str]], set[str]]:
     """For `copytree`: the weights that are written anew, and other variants of them, which would
     go on holding the old ones."""
     own = {place.file.parent for places in checkpoint.tensors.values() for place in places.values()}

@@ -67,7 +67,7 @@ def full_rank(d: Tensor) -> tuple[Tensor, Tensor]:
     return a, up.reshape(out, up.shape[1], *[1] * len(kernel))
 
 
-def settle(weights: LoraWeights, base: Base) -> LoraWeights:
+def completed(weights: LoraWeights, base: Base) -> LoraWeights:
     """The same LoRA in the terms that PEFT has, for the model whose weights `base` tells.
 
     Some files leave to the model what diffusers' and PEFT's layouts have to say:

@@ -17,7 +17,7 @@ import torch
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.attach import Pipeline, networks
-from ldm_pipeline.lora.deltas import settle
+from ldm_pipeline.lora.deltas import completed
 from ldm_pipeline.lora.files import check_weight, load
 from ldm_pipeline.lora.fitting import fit
 from ldm_pipeline.lora.merging import added
@@ -57,7 +57,7 @@ class Fused:
         loras = []
         for path, weight in files:
             check_weight(path, weight)
-            weights = settle(load(path), lambda c, n: self._base(modules, c, n))
+            weights = completed(load(path), lambda c, n: self._base(modules, c, n))
             found = fit(weights, self._models)
             if not found:
                 raise UserError(f"{path} does not fit this model: {found}; another model's LoRA?")

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.lora.checkpoints import Checkpoint, rewritten
-from ldm_pipeline.lora.deltas import delta, is_dora, settle
+from ldm_pipeline.lora.checkpoints import ModelFolder, rewritten
+from ldm_pipeline.lora.deltas import completed, delta, is_dora
 from ldm_pipeline.lora.fitting import fit_modules
 from ldm_pipeline.lora.targets import Layout, Slot
 from ldm_pipeline.lora.weights import LORA_A, LORA_B, LoraWeights
@@ -67,7 +67,7 @@ def stack(loras: Sequence[tuple[LoraWeights, float]]) -> LoraWeights:
 
 
 def into_checkpoint(
-    checkpoint: Checkpoint, loras: Sequence[tuple[LoraWeights, float]], out: Path
+    checkpoint: ModelFolder, loras: Sequence[tuple[LoraWeights, float]], out: Path
 ) -> Path:
     """A copy of the model folder at `out` with the LoRAs, each times its weight, in its weights.
 
@@ -76,7 +76,7 @@ def into_checkpoint(
     """
     settled = []
     for weights, weight in loras:
-        own = settle(weights, checkpoint.weight)
+        own = completed(weights, checkpoint.weight)
         found = fit_modules(own, checkpoint.modules)
         if not found:
             raise UserError(f"a LoRA does not fit {checkpoint.folder}: {found}")

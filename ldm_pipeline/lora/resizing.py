@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.lora.checkpoints import Checkpoint
+from ldm_pipeline.lora.checkpoints import ModelFolder
 from ldm_pipeline.lora.ranks import check_rank
 from ldm_pipeline.lora.targets import Layout, Slot
 from ldm_pipeline.lora.weights import LORA_A, LORA_B, LoraWeights
@@ -101,7 +101,7 @@ def resize(weights: LoraWeights, rank: Rank) -> Made:
     return Made(LoraWeights(tensors, layouts), kept, whole)
 
 
-def extract(tuned: Checkpoint, base: Checkpoint, rank: Rank) -> Made:
+def extract(tuned: ModelFolder, base: ModelFolder, rank: Rank) -> Made:
     """The difference of two checkpoints as a LoRA, of every module whose weight differs.
 
     Raises `UserError` where their modules are not the same, and where nothing differs.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 LORA_A, LORA_B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 COLUMNS = "lora_column_magnitude"
 """LyCORIS' other DoRA, which measures W's columns, [1, in] or [1, in, 1, 1]. PEFT has no such
-adapter; `settle` turns it into a LoRA where the base's weights are at hand."""
+adapter; `completed` turns it into a LoRA where the base's weights are at hand."""
 
 PARTS = (LORA_A, LORA_B, MAGNITUDE, COLUMNS)
 

@@ -12,7 +12,7 @@ from ldm_pipeline.memory import Memory
 from ldm_pipeline.models import attention, compiling, offloading, quantising
 
 
-def settle(memory: Memory, device: torch.device, dtype: torch.dtype) -> Memory:
+def resolve(memory: Memory, device: torch.device, dtype: torch.dtype) -> Memory:
     """What `memory` comes to on `device` in `dtype`: "auto" and xformers become what can run.
 
     Raises `UserError` for what this device or machine cannot do at all.
@@ -25,7 +25,7 @@ def settle(memory: Memory, device: torch.device, dtype: torch.dtype) -> Memory:
 
 
 def arrange(pipe: Any, memory: Memory, device: torch.device | None = None) -> Memory:
-    """Let `pipe` draw as `memory` says, on `device`; what it came to (`settle`) is given back.
+    """Let `pipe` draw as `memory` says, on `device`; what it came to (`resolve`) is given back.
 
     Without a `device` it stays where it is, or with offload goes to this machine's GPU. Raises
     `UserError`, nothing changed, for what cannot be done here.
@@ -36,15 +36,15 @@ def arrange(pipe: Any, memory: Memory, device: torch.device | None = None) -> Me
         device = found or own
     unet, vae = pipe.unet, pipe.vae
     dtype = torch.float32 if unet is None else unet.dtype
-    settled = settle(memory, device, dtype)
+    resolved = resolve(memory, device, dtype)
     if unet is not None:
-        quantising.quantise(unet, settled.quantise)
+        quantising.quantise(unet, resolved.quantise)
     offloading.release(pipe)
     if unet is not None:
-        attention.attend(unet, settled.attention)
-        compiling.compile_blocks(unet, settled.compile)
+        attention.attend(unet, resolved.attention)
+        compiling.compile_blocks(unet, resolved.compile)
     if vae is not None:
-        (vae.enable_tiling if settled.tiling else vae.disable_tiling)()
-        (vae.enable_slicing if settled.slicing else vae.disable_slicing)()
-    offloading.place(pipe, settled.offload, device)
-    return settled
+        (vae.enable_tiling if resolved.tiling else vae.disable_tiling)()
+        (vae.enable_slicing if resolved.slicing else vae.disable_slicing)()
+    offloading.place(pipe, resolved.offload, device)
+    return resolved

@@ -1,16 +1,16 @@
-"""What a UNet is told besides the noisy latents: where Stable Diffusion 1.x/2.x and SDXL differ.
+"""A UNet's conditioning: where Stable Diffusion 1.x/2.x and SDXL differ.
 
 `conditioning_of` picks the kind for a pipeline; whoever trains goes through four questions:
 
     tokens(texts)            what the text encoders read of some texts
-    encode(tokens)           what they say to it, with gradients
-    place(...)               what else is told of a picture: how it was cut
-    network(unet, told)      the UNet under all that was told, as a function of (x, t)
+    encode(tokens)           their embeddings, with gradients
+    micro_conditions(...)    SDXL's, of a picture: its size and how it was cut
+    network(unet, cond)      the conditioned UNet, as a function of (x, t)
 
 Legend
     n       texts, or samples of a batch
-    told    name -> tensor: embeds [n, L, C]; for SDXL also pooled [n, D] and time_ids [n, 6]; for
-            UNets that hear the guidance also w [n], guidance_scale - 1
+    cond    name -> tensor: embeds [n, L, C]; for SDXL also pooled [n, D] and time_ids [n, 6]; for
+            UNets with a guidance embedding also w [n], guidance_scale - 1
     Size    (width, height) in pixels
 """
 
@@ -31,7 +31,7 @@ from ldm_pipeline.models.text import asking_inner, reads_mask, tokenise
 from ldm_pipeline.models.unet import bind, guidance_embedding
 
 Size = tuple[int, int]
-Told = dict[str, Tensor]
+Cond = dict[str, Tensor]
 
 
 class Conditioning(Protocol):
@@ -41,8 +41,8 @@ class Conditioning(Protocol):
     """How the Hugging Face hub calls the family."""
 
     @property
-    def silent_is_zero(self) -> bool:
-        """Whether the empty text is told as zeros, not as what the encoders say to it."""
+    def zero_empty_prompt(self) -> bool:
+        """Whether zeros stand for the empty text, not the encoders' embeddings of it."""
         ...
 
     @property
@@ -57,27 +57,27 @@ class Conditioning(Protocol):
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """Patterns (see `lora.targets`) of the modules that decide nothing of what is told."""
+        """Patterns (see `lora.targets`) of the modules that decide nothing of the conditioning."""
         ...
 
-    def tokens(self, texts: Sequence[str]) -> Told:
+    def tokens(self, texts: Sequence[str]) -> Cond:
         """What the text encoders read of `texts`, each [n, …], on the CPU."""
         ...
 
-    def encode(self, tokens: Mapping[str, Tensor]) -> Told:
-        """What the encoders say to `tokens`, on their device; gradients are the caller's choice."""
+    def encode(self, tokens: Mapping[str, Tensor]) -> Cond:
+        """Their embeddings, on the encoders' device; gradients are the caller's choice."""
         ...
 
-    def place(self, original: Size, corner: Size, size: Size) -> Told:
-        """What is told of one picture that was `original` before it was resized, and `size` after
-        it was cut out at `corner` (left, top)."""
+    def micro_conditions(self, original: Size, corner: Size, size: Size) -> Cond:
+        """The micro-conditioning of one picture that was `original` before it was resized, and
+        `size` after it was cut out at `corner` (left, top)."""
         ...
 
-    def network(self, unet: UNet2DConditionModel, told: Mapping[str, Tensor]) -> Network:
-        """The UNet under `told`."""
+    def network(self, unet: UNet2DConditionModel, cond: Mapping[str, Tensor]) -> Network:
+        """The UNet with `cond` bound."""
         ...
 
-    def arguments(self, prompt: Told, negative: Told) -> dict[str, Tensor]:
+    def arguments(self, prompt: Cond, negative: Cond) -> dict[str, Tensor]:
         """The same as the family's pipeline takes it."""
         ...
 
@@ -89,7 +89,7 @@ class OneEncoder:
     tokenizer: CLIPTokenizer
     text_encoder: CLIPTextModel
     tag: ClassVar[str] = "stable-diffusion"
-    silent_is_zero: ClassVar[bool] = False
+    zero_empty_prompt: ClassVar[bool] = False
     unread: ClassVar[tuple[str, ...]] = ()
 
     @property
@@ -102,28 +102,28 @@ class OneEncoder:
         """The one."""
         return (self.tokenizer,)
 
-    def tokens(self, texts: Sequence[str]) -> Told:
-        """`tokens` [n, L], and `read` [n, L] for encoders that are told which are no padding."""
+    def tokens(self, texts: Sequence[str]) -> Cond:
+        """`tokens` [n, L], and `read` [n, L] for encoders with an attention mask."""
         read = tokenise(self.tokenizer, list(texts), warn=False)
-        told = {"tokens": read.input_ids}
-        return told | ({"read": read.attention_mask} if reads_mask(self.text_encoder) else {})
+        cond = {"tokens": read.input_ids}
+        return cond | ({"read": read.attention_mask} if reads_mask(self.text_encoder) else {})
 
-    def encode(self, tokens: Mapping[str, Tensor]) -> Told:
+    def encode(self, tokens: Mapping[str, Tensor]) -> Cond:
         """`embeds` [n, L, C]."""
         device = self.text_encoder.device
         mask = tokens["read"].to(device) if "read" in tokens else None
         return {"embeds": self.text_encoder(tokens["tokens"].to(device), attention_mask=mask)[0]}
 
-    def place(self, original: Size, corner: Size, size: Size) -> Told:
-        """Nothing: these models are not told how a picture was cut."""
+    def micro_conditions(self, original: Size, corner: Size, size: Size) -> Cond:
+        """Nothing: these models have none."""
         return {}
 
-    def network(self, unet: UNet2DConditionModel, told: Mapping[str, Tensor]) -> Network:
+    def network(self, unet: UNet2DConditionModel, cond: Mapping[str, Tensor]) -> Network:
         """The UNet under the embeddings."""
-        strength = guidance_heard(unet, told)
-        return bind(unet, told["embeds"].to(unet.dtype), timestep_cond=strength)
+        strength = guidance_cond(unet, cond)
+        return bind(unet, cond["embeds"].to(unet.dtype), timestep_cond=strength)
 
-    def arguments(self, prompt: Told, negative: Told) -> dict[str, Tensor]:
+    def arguments(self, prompt: Cond, negative: Cond) -> dict[str, Tensor]:
         """As `StableDiffusionPipeline` and ours take them."""
         return {"prompt_embeds": prompt["embeds"], "negative_prompt_embeds": negative["embeds"]}
 
@@ -133,7 +133,7 @@ class TwoEncoders:
     """SDXL (2307.01952): the last but one hidden states of two text encoders side by side, the
     pooled and projected answer of the second, and how the picture was cut.
 
-    With `silent_is_zero` (`force_zeros_for_empty_prompt` of the pipeline) the empty text is told as
+    With `zero_empty_prompt` (`force_zeros_for_empty_prompt` of the pipeline) the empty text is
     zeros: so these models learnt to draw without words, and guidance draws so without a negative
     prompt.
     """
@@ -142,7 +142,7 @@ class TwoEncoders:
     tokenizer_2: CLIPTokenizer
     text_encoder: CLIPTextModel
     text_encoder_2: CLIPTextModelWithProjection
-    silent_is_zero: bool
+    zero_empty_prompt: bool
     tag: ClassVar[str] = "stable-diffusion-xl"
 
     @property
@@ -160,13 +160,13 @@ class TwoEncoders:
         """The first encoder's last layer; the second's decides its pooled answer."""
         return (f"text_encoder.encoder.layers.{self.text_encoder.config.num_hidden_layers - 1}",)
 
-    def tokens(self, texts: Sequence[str]) -> Told:
-        """`tokens` and `tokens_2` [n, L], and `said` [n]: 0 for a text that is told as zeros."""
+    def tokens(self, texts: Sequence[str]) -> Cond:
+        """`tokens` and `tokens_2` [n, L], and `said` [n]: 0 where zeros stand for the text."""
         first, second = (tokenise(each, list(texts), warn=False) for each in self.tokenizers)
-        said = torch.tensor([float(bool(text) or not self.silent_is_zero) for text in texts])
+        said = torch.tensor([float(bool(text) or not self.zero_empty_prompt) for text in texts])
         return {"tokens": first.input_ids, "tokens_2": second.input_ids, "said": said}
 
-    def encode(self, tokens: Mapping[str, Tensor]) -> Told:
+    def encode(self, tokens: Mapping[str, Tensor]) -> Cond:
         """`embeds` [n, L, C + C'] and `pooled` [n, D]."""
         device = self.text_encoder_2.device
         (first, _), (second, pooled) = (
@@ -178,19 +178,25 @@ class TwoEncoders:
         said = tokens["said"].to(device, embeds.dtype)[:, None]
         return {"embeds": embeds * said[..., None], "pooled": pooled * said}
 
-    def place(self, original: Size, corner: Size, size: Size) -> Told:
+    def micro_conditions(self, original: Size, corner: Size, size: Size) -> Cond:
         """`time_ids` [6]: height and width before, the corner's top and left, height and width."""
         return {"time_ids": time_ids(original[::-1], corner[::-1], size[::-1])}
 
-    def network(self, unet: UNet2DConditionModel, told: Mapping[str, Tensor]) -> Network:
+    def network(self, unet: UNet2DConditionModel, cond: Mapping[str, Tensor]) -> Network:
         """The UNet under the embeddings, the pooled answer and the picture's place."""
-        added = {"text_embeds": told["pooled"].to(unet.dtype), "time_ids": told["time_ids"]}
-        strength = guidance_heard(unet, told)
+        added = {
+            "text_embeds": cond["pooled"].to(unet.dtype),
+            "time_ids": cond["time_ids"],
+        }
+        strength = guidance_cond(unet, cond)
         return bind(
-            unet, told["embeds"].to(unet.dtype), added_cond_kwargs=added, timestep_cond=strength
+            unet,
+            cond["embeds"].to(unet.dtype),
+            added_cond_kwargs=added,
+            timestep_cond=strength,
         )
 
-    def arguments(self, prompt: Told, negative: Told) -> dict[str, Tensor]:
+    def arguments(self, prompt: Cond, negative: Cond) -> dict[str, Tensor]:
         """As `StableDiffusionXLPipeline` takes them."""
         return {
             "prompt_embeds": prompt["embeds"],
@@ -200,24 +206,24 @@ class TwoEncoders:
         }
 
 
-def guidance_heard(unet: UNet2DConditionModel, told: Mapping[str, Tensor]) -> Tensor | None:
-    """What a full LCM's UNet is told of the guidance w [n], [n, time_cond_proj_dim]; None for a
-    UNet that does not hear it."""
+def guidance_cond(unet: UNet2DConditionModel, cond: Mapping[str, Tensor]) -> Tensor | None:
+    """The embedding [n, time_cond_proj_dim] of the guidance w [n] that a full LCM's UNet takes;
+    None for a UNet that takes none."""
     width = unet.config.time_cond_proj_dim
-    if width is None or "w" not in told:
+    if width is None or "w" not in cond:
         return None
-    return guidance_embedding(told["w"], width).to(unet.dtype)
+    return guidance_embedding(cond["w"], width).to(unet.dtype)
 
 
 def time_ids(original: Size, corner: Size, target: Size | tuple[float]) -> Tensor:
     """SDXL's numbers [6] of a picture: how high and wide it was, the top and left of what was cut
     out, how high and wide that is (2307.01952, section 2.2). Here heights come first. Its refiner
-    is told how beautiful the picture is in place of the last two."""
+    takes an aesthetic score in place of the last two."""
     return torch.tensor([*original, *corner, *target], dtype=torch.float32)
 
 
 def conditioning_of(pipe: Any) -> Conditioning:
-    """How the UNet of `pipe` is told things.
+    """The conditioning of the UNet of `pipe`.
 
     Raises `UserError` for models of another kind: inpainting and editing models, whose UNets read
     more than latents, and SDXL's refiner, which has one text encoder.

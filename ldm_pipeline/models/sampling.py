@@ -89,7 +89,7 @@ class AtLevels:
         return levels
 
 
-def settle(scheduler: Any) -> None:
+def upgrade_config(scheduler: Any) -> None:
     """Bring an old scheduler's config up to date, in place, as stock pipelines do.
 
     A stock Stable Diffusion pipeline sets `steps_offset=1` and `clip_sample=False` when it is

@@ -42,7 +42,7 @@ class AdapterSettings(Settings):
         default=("diffusers",), description="layouts of the file; diffusers' is always written"
     )
 
-    def settled(self) -> Collection[str]:
+    def kept_on_resume(self) -> Collection[str]:
         """The values of an adapter mean what its modules, its scale and its kind make of them."""
         return [name for name in type(self).model_fields if name != "formats"]
 
@@ -78,7 +78,7 @@ class AdapterConfig(TrainingConfig):
     gradient_checkpointing: bool = False
     pictures: PictureSettings = PictureSettings()
 
-    def settled(self) -> Collection[str]:
+    def kept_on_resume(self) -> Collection[str]:
         """An adapter is a difference from one model."""
         return ("model",)
 

@@ -3,8 +3,8 @@
 Legend
     z        clean latents [n, C, h, w], drawn anew from the cached mean and std at each step
     eps      the noise of each sample;  x = alpha(t) z + sigma(t) eps at its level t
-    told     what the UNet is told by name, as text embeddings [n, L, C], see `models.conditioning`;
-             from the cache, or of the text encoders
+    cond     the UNet's conditioning by name, as embeds [n, L, C], see `models.conditioning`; from
+             the cache, or of the text encoders
     group    the samples of a batch that have one size; mostly there is one. For a compiled network
              it is padded to the size of the batch: one shape, and one compilation, for each size
 
@@ -348,8 +348,8 @@ class AdapterObjective(nn.Module, ABC):
         with in_memory("with pictures.prompts, which are drawn at once", "name fewer of them"):
             if not self._base:
                 with self._untrained():
-                    told = self.config.pictures
-                    self._base = self._draw(self._pipe, told.steps, told.guidance)
+                    shown = self.config.pictures
+                    self._base = self._draw(self._pipe, shown.steps, shown.guidance)
             adapted = self._adapted(self._pipe)
         prompts = self.config.pictures.prompts
         pairs = [(self._base[i], adapted[i]) for i in range(len(prompts))]
@@ -373,29 +373,29 @@ class AdapterObjective(nn.Module, ABC):
 
     def _draw(self, pipe: Any, steps: int, guidance: float) -> list[Image]:
         """The prompts' pictures, picture i from seed i, with the network as it is now."""
-        told, side = self.config.pictures, self.data.side
-        negative = [told.negative] * len(told.prompts)
+        shown, side = self.config.pictures, self.data.side
+        negative = [shown.negative] * len(shown.prompts)
         pipe.set_progress_bar_config(disable=True)
         pipe.vae.to(self.unet.device)
         pictures: list[Image] = pipe(
-            **self.conditioning.arguments(*map(self._spoken, [told.prompts, negative])),
+            **self.conditioning.arguments(*map(self._spoken, [shown.prompts, negative])),
             height=side,
             width=side,
             num_inference_steps=steps,
             guidance_scale=guidance,
-            generator=[torch.Generator().manual_seed(i) for i in range(len(told.prompts))],
+            generator=[torch.Generator().manual_seed(i) for i in range(len(shown.prompts))],
         ).images
         pipe.vae.to("cpu")
         return pictures
 
     @torch.no_grad()
     def _spoken(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """What is told of texts, by the text encoders as they are now where nothing is cached."""
-        told = self._encoded(self._looked_up(texts))
-        return {name: value.to(self.unet.device) for name, value in told.items()}
+        """The conditioning of texts, by the text encoders as they are now if none is cached."""
+        cond = self._encoded(self._looked_up(texts))
+        return {name: value.to(self.unet.device) for name, value in cond.items()}
 
     def _looked_up(self, texts: Sequence[str]) -> dict[str, Tensor]:
-        """What is told of texts, or what the text encoders read of them where nothing is cached."""
+        """The cached conditioning of texts, or their tokens where nothing is cached."""
         if self.texts is None:
             return self.conditioning.tokens(texts)
         return stacked([self.texts[text_key(text)] for text in texts])
@@ -425,15 +425,15 @@ class AdapterObjective(nn.Module, ABC):
         level = self._level(rng, share)
         mask = entry.get("mask")
         cut = sample.transform
-        told = {name: value[0] for name, value in self._looked_up([words]).items()}
+        cond = {name: value[0] for name, value in self._looked_up([words]).items()}
         return {
             "z": mean + std * torch.randn(shape, generator=generator),
             "eps": self._noise(shape, generator),
             **level,
             "mask": torch.ones(1, *shape[1:]) if mask is None else mask.float(),
             "weight": torch.tensor(sample.item.weight),
-            **told,
-            **self.conditioning.place(cut.original, (cut.left, cut.top), cut.bucket),
+            **cond,
+            **self.conditioning.micro_conditions(cut.original, (cut.left, cut.top), cut.bucket),
         }
 
     def _dtype(self) -> torch.dtype:

@@ -103,7 +103,7 @@ class AutoencoderConfig(TrainingConfig):
         description="the decoder bears noise up to this share of the latents' spread",
     )
 
-    def settled(self) -> Collection[str]:
+    def kept_on_resume(self) -> Collection[str]:
         """Which encoder it is, where that is frozen."""
         return ("decoder_only", "begin_from") if self.decoder_only else ("decoder_only",)
 

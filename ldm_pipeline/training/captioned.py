@@ -376,7 +376,7 @@ def cached_texts(
         for component, encoder in encoders.items()
         for name, value in encoder.state_dict().items()
     }
-    key = key_of(weights, rules, made, conditioning.silent_is_zero)
+    key = key_of(weights, rules, made, conditioning.zero_empty_prompt)
     cache = Cache(folder / "texts" / key)
 
     @in_memory("while captions were encoded")

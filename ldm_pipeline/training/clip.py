@@ -89,7 +89,7 @@ class ClipConfig(TrainingConfig):
         default=0.0, description="of naming it from the vector of a picture or caption alone"
     )
 
-    def settled(self) -> Collection[str]:
+    def kept_on_resume(self) -> Collection[str]:
         """The tokenizer is made of captions of this world: which number stands for which word."""
         return ("data.seed",)
 

@@ -92,7 +92,7 @@ class Settings(BaseModel):
         kinds = _kinds(cls.model_fields[info.field_name].annotation)
         return None if NoneType in kinds and not kinds & {str, Path} else value
 
-    def settled(self) -> Collection[str]:
+    def kept_on_resume(self) -> Collection[str]:
         """The fields, dotted where they lie deeper, that a run keeps to its end, see `resuming`."""
         return ()
 
@@ -105,7 +105,7 @@ class Settings(BaseModel):
 class ShapeSettings(Settings):
     """The shape of a network that is trained: some of it, as heads, shows in no tensor's shape."""
 
-    def settled(self) -> Collection[str]:
+    def kept_on_resume(self) -> Collection[str]:
         """All of it."""
         return type(self).model_fields
 
@@ -125,7 +125,7 @@ class OptimiserSettings(Settings):
     max_grad_norm: PositiveFloat = 1.0
     ema_decay: Fraction = Field(default=0.999, description="0: no moving average of weights")
 
-    def settled(self) -> Collection[str]:
+    def kept_on_resume(self) -> Collection[str]:
         """What is saved of an optimiser is of its kind."""
         return ("kind",)
 
@@ -162,7 +162,7 @@ class RunSettings(Settings):
         default="tensorboard", description="wandb needs the extra: wandb"
     )
 
-    def settled(self) -> Collection[str]:
+    def kept_on_resume(self) -> Collection[str]:
         """Samples and noise of step k are those of the seed."""
         return ("seed",)
 

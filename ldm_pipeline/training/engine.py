@@ -35,7 +35,14 @@ from ldm_pipeline.processes.ranks import Ranks, launched
 from ldm_pipeline.too_large import ADVICE, in_memory, is_out_of_memory
 from ldm_pipeline.training.clock import Clock
 from ldm_pipeline.training.config import TrainingConfig, write_yaml
-from ldm_pipeline.training.objective import Batch, Compiling, Drawing, Objective, Stoppable, named
+from ldm_pipeline.training.objective import (
+    Batch,
+    Compiling,
+    DrawsPictures,
+    Objective,
+    Stoppable,
+    named,
+)
 from ldm_pipeline.training.progress import Checkpoints, Progress
 from ldm_pipeline.training.resuming import FILE_NAME, check_resume, say_what_changed
 from ldm_pipeline.training.sharding import Shards, sharding
@@ -375,7 +382,7 @@ class _Run:
 
     def _show(self) -> None:
         """Keep the picture that the objective draws, as a file and where the run is logged."""
-        picture = self.objective.picture() if isinstance(self.objective, Drawing) else None
+        picture = self.objective.picture() if isinstance(self.objective, DrawsPictures) else None
         if picture is not None:
             trackers = self.accelerator.trackers
             keep_picture(picture, self.config.run.out / "pictures", self.done, trackers)

@@ -118,7 +118,7 @@ class LatentDiffusionConfig(TrainingConfig):
         default=None, description="min-SNR weights (2303.09556), capped here; 5 is usual"
     )
 
-    def settled(self) -> Collection[str]:
+    def kept_on_resume(self) -> Collection[str]:
         """Whose latents and which tokenizer; which text encoder, where that is frozen."""
         frozen = () if self.train_text_encoder else ("begin_from",)
         return ("autoencoder", "text", "train_text_encoder", *frozen)

@@ -74,7 +74,7 @@ class DistillationSettings(Settings):
     )
     w_channels: Positive = Field(default=256, description="in which a full one hears w")
 
-    def settled(self) -> Collection[str]:
+    def kept_on_resume(self) -> Collection[str]:
         """The student knows these levels, by this boundary condition, and hears w so or not."""
         return ("original_steps", "timestep_scaling", "full", "w_channels")
 
@@ -113,11 +113,11 @@ class LcmConfig(AdapterConfig):
 
     def read(self) -> Pictures:
         """The pictures to distil on."""
-        told = self.run.seed, self.run.batch_size, precision(self.run.mixed_precision)
+        order = self.run.seed, self.run.batch_size, precision(self.run.mixed_precision)
         if self.data is not None:
-            return Captioned(self.data, *told)
+            return Captioned(self.data, *order)
         assert self.world is not None
-        return WorldPictures(self.world, *told)
+        return WorldPictures(self.world, *order)
 
 
 class LcmObjective(AdapterObjective):
@@ -153,10 +153,10 @@ class LcmObjective(AdapterObjective):
 
     def _ready(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
         """A group with its noisy latents and target: where the average says it, weights change."""
-        told = self._encoded(group)
-        a, sig = self.schedule.coefficients(told["t"], like=told["z"])
-        x = a * told["z"] + sig * told["eps"]
-        return {**told, "x": x, "target": self._target(told, x)}
+        cond = self._encoded(group)
+        a, sig = self.schedule.coefficients(cond["t"], like=cond["z"])
+        x = a * cond["z"] + sig * cond["eps"]
+        return {**cond, "x": x, "target": self._target(cond, x)}
 
     def _errors(self, group: dict[str, Tensor]) -> Tensor:
         """The inconsistency of each sample of a group, [n]."""
@@ -168,25 +168,25 @@ class LcmObjective(AdapterObjective):
         return consistency_errors(answer, target, huber=self.config.lcm.huber, mask=group["mask"])
 
     @torch.no_grad()
-    def _target(self, told: Mapping[str, Tensor], x: Tensor) -> Tensor:
+    def _target(self, cond: Mapping[str, Tensor], x: Tensor) -> Tensor:
         """f(x_s, s), prompted alone: what the student itself says, or its average."""
         both = {
             name: torch.cat([self.silence.get(name, value).expand_as(value), value])
-            for name, value in told.items()
+            for name, value in cond.items()
         }
         pair = self.conditioning.network(self.unet, both)
-        teacher = make_denoiser(guided_each(pair, told["w"]), self.schedule, self.kind)
+        teacher = make_denoiser(guided_each(pair, cond["w"]), self.schedule, self.kind)
         with self._untrained():
-            x_s = SOLVERS[self.config.lcm.solver](teacher, self.schedule, x, told["t"], told["s"])
+            x_s = SOLVERS[self.config.lcm.solver](teacher, self.schedule, x, cond["t"], cond["s"])
         with self._target_weights():
-            target = self._student(told)(x_s, told["s"])
+            target = self._student(cond)(x_s, cond["s"])
         # Autocast keeps its copies of weights until its block ends. Those made here are perhaps the
         # average's, and in earlier versions of torch have no gradients: not for the student.
         torch.clear_autocast_cache()
         return target
 
-    def _student(self, told: Mapping[str, Tensor]) -> ConsistencyFunction:
-        network = self.conditioning.network(self._called(), told)
+    def _student(self, cond: Mapping[str, Tensor]) -> ConsistencyFunction:
+        network = self.conditioning.network(self._called(), cond)
         denoiser = make_denoiser(network, self.schedule, self.kind)
         return consistency_function(denoiser, self.config.lcm.timestep_scaling)
 
@@ -213,17 +213,17 @@ class LcmObjective(AdapterObjective):
         )
 
     def _notes(self) -> Mapping[str, str]:
-        told = self.config.lcm
-        return LcmNote(self.config.model, told.original_steps, told.timestep_scaling).texts()
+        lcm = self.config.lcm
+        return LcmNote(self.config.model, lcm.original_steps, lcm.timestep_scaling).texts()
 
     def _use(self) -> str:
-        told = {
+        values = {
             "name": FILE_NAME,
             "base": self.config.model,
             "steps": self.config.lcm.original_steps,
             "scaling": self.config.lcm.timestep_scaling,
         }
-        return USE.format(**told)
+        return USE.format(**values)
 
 
 USE = """    ldm generate "…" --model {base} --lcm {name} --steps 4

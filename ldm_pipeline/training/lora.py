@@ -42,7 +42,7 @@ class LossSettings(Settings):
     pyramid_noise: NonNegativeFloat = 0.0
     zero_terminal_snr: bool = Field(default=False, description="for v-prediction models")
 
-    def settled(self) -> Collection[str]:
+    def kept_on_resume(self) -> Collection[str]:
         """How much noise a level stands for."""
         return ("zero_terminal_snr",)
 

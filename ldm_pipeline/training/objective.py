@@ -46,7 +46,7 @@ class Objective(Protocol):
 
 
 @runtime_checkable
-class Drawing(Protocol):
+class DrawsPictures(Protocol):
     """An objective that shows what it has learnt."""
 
     def picture(self) -> PIL.Image.Image | None:

@@ -2,7 +2,7 @@
 
 A checkpoint's tensors show an adapter's rank, but not its scale, the model below it or how many
 heads a network has: the same numbers would go on as another model's. So each group of settings
-names those that a run keeps to its end (`Settings.settled`), and they are compared with the
+names those that a run keeps to its end (`Settings.kept_on_resume`), and they are compared with the
 `config.yaml` that the run wrote when it was last started.
 """
 
@@ -62,7 +62,7 @@ def refuse_other_meaning(config: TrainingConfig, earlier: Mapping[str, Any], pla
     earlier = spelt_out(config, earlier)
     asked = spelt_out(config, config.model_dump(mode="json"))
     odd = []
-    for key in settled(config):
+    for key in kept_settings(config):
         before, now = _at(earlier, key), _at(asked, key)
         if before is not UNSET and before != now and not _one_place(before, now):
             odd.append(f"{key}={_told(before)}, not {_told(now)}")
@@ -83,12 +83,12 @@ def changes(config: TrainingConfig, earlier: Mapping[str, Any]) -> str:
     )
 
 
-def settled(section: Settings, prefix: str = "") -> Iterator[str]:
+def kept_settings(section: Settings, prefix: str = "") -> Iterator[str]:
     """The dotted names of all that a run of these settings keeps to its end."""
-    yield from (f"{prefix}{name}" for name in section.settled())
+    yield from (f"{prefix}{name}" for name in section.kept_on_resume())
     for name, value in section:
         if isinstance(value, Settings):
-            yield from settled(value, f"{prefix}{name}.")
+            yield from kept_settings(value, f"{prefix}{name}.")
 
 
 def spelt_out(section: Settings, values: Mapping[str, Any]) -> Mapping[str, Any]:

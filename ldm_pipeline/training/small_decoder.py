@@ -75,7 +75,7 @@ class SmallDecoderConfig(TrainingConfig):
     crop: Crop = 64
     around_things: Fraction = Field(default=0.75, description="share of crops that hold a thing")
 
-    def settled(self) -> Collection[str]:
+    def kept_on_resume(self) -> Collection[str]:
         """Whose latents it reads."""
         return ("autoencoder",)
 

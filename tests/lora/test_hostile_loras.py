@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from ldm_pipeline.commands.lora_info import describe
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.attach import attach, base_of
-from ldm_pipeline.lora.deltas import settle
+from ldm_pipeline.lora.deltas import completed
 from ldm_pipeline.lora.files import inspect, load, load_whole, save
 from ldm_pipeline.lora.layouts import kohya
 from ldm_pipeline.lora.layouts.families import FAMILIES
@@ -145,7 +145,7 @@ def check(pipe: Any, place: Path) -> bool:
         assert state(pipe) == before
         return False
     (name,) = names
-    weights = settle(load(place), base_of(networks(pipe)))
+    weights = completed(load(place), base_of(networks(pipe)))
     loaded = {}
     for component, model in networks(pipe).items():
         for path, layer in model.named_modules():

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.attach import attach, base_of
-from ldm_pipeline.lora.deltas import delta, settle
+from ldm_pipeline.lora.deltas import completed, delta
 from ldm_pipeline.lora.files import LAYOUTS, inspect, load, save
 from ldm_pipeline.lora.fitting import fit, modules_of
 from ldm_pipeline.lora.layouts.families import FAMILIES, family_of
@@ -234,9 +234,9 @@ def test_dora_by_columns_is_settled_beside_its_base(name: str, tmp_path: Path) -
     weights = load(file)
     d = w + 0.5 * torch.einsum("or,rikl->oikl", up[:, :, 0, 0], down)
     wanted = m * d / d.pow(2).sum((0, 2, 3), keepdim=True).sqrt()
-    settled = settle(weights, base)
-    assert fit(settled, networks(pipe))
-    assert torch.allclose(w + delta(settled, "unet", name, w), wanted, atol=1e-6)
+    whole = completed(weights, base)
+    assert fit(whole, networks(pipe))
+    assert torch.allclose(w + delta(whole, "unet", name, w), wanted, atol=1e-6)
     again = load(save(tmp_path / "b.safetensors", weights, layout="kohya", family=FAMILIES["sd1"]))
     assert torch.equal(again.tensors[f"unet.{name}.{COLUMNS}"], m)
     for layout in ("diffusers", "peft"):
@@ -255,13 +255,13 @@ def test_dora_in_some_modules_is_settled_beside_its_base(tmp_path: Path) -> None
     assert sum(len(layout.plain) for layout in read.layouts.values()) == len(bare)
     with pytest.raises(UserError, match="DoRA in parts"):
         save(tmp_path, read)
-    settled = settle(read, base)
-    assert fit(settled, networks(pipe))
+    whole = completed(read, base)
+    assert fit(whole, networks(pipe))
     for component, name in read.modules():
         w = base(component, name)
-        one, other = delta(read, component, name, w), delta(settled, component, name, w)
+        one, other = delta(read, component, name, w), delta(whole, component, name, w)
         assert torch.allclose(one, other, atol=1e-6)
-    assert load(save(tmp_path, settled)).layouts == settled.layouts
+    assert load(save(tmp_path, whole)).layouts == whole.layouts
 
 
 def test_a_family_without_the_component_is_refused(tmp_path: Path) -> None:

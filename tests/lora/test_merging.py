@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.attach import attach, base_of
-from ldm_pipeline.lora.checkpoints import open_checkpoint
+from ldm_pipeline.lora.checkpoints import open_model_folder
 from ldm_pipeline.lora.deltas import delta, product, without_dora
 from ldm_pipeline.lora.files import save
 from ldm_pipeline.lora.fitting import modules_of
@@ -99,7 +99,7 @@ def test_a_checkpoint_with_loras_draws_as_the_base_with_them(
     from ldm_pipeline.lora.files import load
 
     loras = [(load(file), weight) for file, weight in files]
-    out = into_checkpoint(open_checkpoint(folder), loras, tmp_path / "out")
+    out = into_checkpoint(open_model_folder(folder), loras, tmp_path / "out")
     plain = picture(pipe)
     attach(pipe, files)
     told = {"local_files_only": True, "safety_checker": None, "requires_safety_checker": False}
@@ -112,9 +112,9 @@ def test_a_checkpoint_with_loras_draws_as_the_base_with_them(
 
 def test_a_checkpoint_keeps_its_precision_and_what_is_not_adapted(tmp_path: Path) -> None:
     sd1().to(torch.bfloat16).save_pretrained(tmp_path / "base")
-    base = open_checkpoint(tmp_path / "base")
+    base = open_model_folder(tmp_path / "base")
     weights = lora(sd1(), every=11)
-    out = open_checkpoint(into_checkpoint(base, [(weights, 1.0)], tmp_path / "out"))
+    out = open_model_folder(into_checkpoint(base, [(weights, 1.0)], tmp_path / "out"))
     adapted = set(weights.modules())
     for component, places in base.tensors.items():
         for key in places:
@@ -129,7 +129,7 @@ def test_a_checkpoint_keeps_its_precision_and_what_is_not_adapted(tmp_path: Path
 def test_a_lora_that_does_not_fit_a_checkpoint_writes_nothing(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="does not fit"):
         into_checkpoint(
-            open_checkpoint(folder), [(lora(PIPELINES["sdxl"]()), 1.0)], tmp_path / "out"
+            open_model_folder(folder), [(lora(PIPELINES["sdxl"]()), 1.0)], tmp_path / "out"
         )
     assert not (tmp_path / "out").exists()
 
@@ -153,7 +153,7 @@ def test_a_model_that_cannot_be_written_whole_is_not_written(
     )
     with pytest.raises(UserError, match=why):
         into_checkpoint(
-            open_checkpoint(folder), [(lora(PIPELINES["sd1"]()), weight)], tmp_path / "out"
+            open_model_folder(folder), [(lora(PIPELINES["sd1"]()), weight)], tmp_path / "out"
         )
     assert not any(tmp_path.iterdir())
 
@@ -164,11 +164,11 @@ def test_a_stranger_s_links_are_not_copied(folder: Path, tmp_path: Path) -> None
     (tmp_path / "secret").mkdir()
     (tmp_path / "stranger/extra").symlink_to(tmp_path / "secret")
     with pytest.raises(UserError, match="a link that leads out of the folder"):
-        open_checkpoint(tmp_path / "stranger")
+        open_model_folder(tmp_path / "stranger")
 
 
 def test_a_checkpoint_s_modules_are_those_that_can_be_adapted(folder: Path) -> None:
-    assert open_checkpoint(folder).modules == modules_of(networks(sd1()))
+    assert open_model_folder(folder).modules == modules_of(networks(sd1()))
 
 
 # Resizing and extracting ------------------------------------------------------------------------
@@ -213,8 +213,8 @@ def test_an_energy_asks_for_no_more_ranks_than_it_needs() -> None:
 
 def test_what_was_merged_is_extracted(folder: Path, tmp_path: Path) -> None:
     weights = lora(sd1(), every=7)
-    base = open_checkpoint(folder)
-    tuned = open_checkpoint(into_checkpoint(base, [(weights, 1.0)], tmp_path / "out"))
+    base = open_model_folder(folder)
+    tuned = open_model_folder(into_checkpoint(base, [(weights, 1.0)], tmp_path / "out"))
     made = extract(tuned, base, Rank(most=3))
     assert made.share > 1 - 1e-6
     assert made.left_out == 0
@@ -231,7 +231,7 @@ def test_what_no_lora_can_hold_is_counted(folder: Path, tmp_path: Path) -> None:
         pipe.unet.conv_in.bias.add_(1)
         pipe.unet.conv_in.weight.add_(torch.randn(pipe.unet.conv_in.weight.shape))
     pipe.save_pretrained(tmp_path)
-    made = extract(open_checkpoint(tmp_path), open_checkpoint(folder), Rank(most=1))
+    made = extract(open_model_folder(tmp_path), open_model_folder(folder), Rank(most=1))
     assert made.left_out == 1
     assert set(made.weights.modules()) == {("unet", "conv_in")}
     assert made.share < 0.9
@@ -344,7 +344,7 @@ def test_what_is_called_text_model_in_a_folder_is_found(tmp_path: Path) -> None:
     bare = {key.removeprefix(TEXT_MODEL): tensor for key, tensor in tensors.items()}
     for prefix in ("", TEXT_MODEL):
         save_file({prefix + key: tensor for key, tensor in bare.items()}, file)
-        found = open_checkpoint(tmp_path)
+        found = open_model_folder(tmp_path)
         assert found.modules["text_encoder"].keys() == adaptable(sd1().text_encoder).keys()
 
 

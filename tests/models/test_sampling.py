@@ -9,7 +9,7 @@ import pytest
 from ldm_pipeline.diffusion.samplers import SAMPLERS
 from ldm_pipeline.diffusion.schedule import CLEAN, Schedule
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.models.sampling import AtLevels, choose_sampler, settle
+from ldm_pipeline.models.sampling import AtLevels, choose_sampler, upgrade_config
 from ldm_pipeline.models.schedulers import STOCK_SCHEDULERS, StockSampler
 from ldm_pipeline.request import SAMPLER_NAMES
 
@@ -62,16 +62,16 @@ def test_levels_that_cannot_be_walked(timesteps: tuple[int, ...]) -> None:
         sampler.course(Schedule.scaled_linear(), 3)
 
 
-def test_settle() -> None:
+def test_upgrade_config() -> None:
     """Two entries are corrected, once; nothing else is touched."""
     from diffusers import DDIMScheduler
 
     scheduler = DDIMScheduler(beta_start=0.001)
     before = dict(scheduler.config)
     assert (before["steps_offset"], before["clip_sample"]) == (0, True)
-    settle(scheduler)
+    upgrade_config(scheduler)
     assert dict(scheduler.config) == {**before, "steps_offset": 1, "clip_sample": False}
     settled = scheduler.config
-    settle(scheduler)
+    upgrade_config(scheduler)
     assert scheduler.config is settled
-    settle(None)
+    upgrade_config(None)

@@ -14,7 +14,12 @@ from ldm_pipeline.errors import UserError
 from ldm_pipeline.training.config import Settings, TrainingConfig, validated, write_yaml
 from ldm_pipeline.training.engine import fit
 from ldm_pipeline.training.launch import launch
-from ldm_pipeline.training.resuming import changes, check_resume, refuse_other_meaning, settled
+from ldm_pipeline.training.resuming import (
+    changes,
+    check_resume,
+    kept_settings,
+    refuse_other_meaning,
+)
 from tests.training.test_config import KINDS
 from tests.training.toy import Toy
 
@@ -141,12 +146,12 @@ def test_the_rest_may_change(tmp_path: Path, kind: str, key: str, value: Any) ->
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_settled_are_settings(tmp_path: Path, kind: str) -> None:
-    """No misspelt name, which would settle nothing."""
+def test_what_is_kept_are_settings(tmp_path: Path, kind: str) -> None:
+    """No misspelt name, which would keep nothing."""
     values = begun(tmp_path, kind)
     config = validated(KINDS[kind], values, "test")
     told = config.model_dump(mode="json")
-    for key in settled(config):
+    for key in kept_settings(config):
         inner: Any = told
         for part in key.split("."):
             assert part in inner, key
@@ -176,7 +181,7 @@ class ScaledSettings(Settings):
     alpha: float = 1.0
     note: str = "one"
 
-    def settled(self) -> tuple[str, ...]:
+    def kept_on_resume(self) -> tuple[str, ...]:
         """How much numbers count for."""
         return ("alpha",)
 

@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.models.original.checkpoint import Checkpoint
+from ldm_pipeline.models.original.checkpoint import SingleFile
 from ldm_pipeline.models.original.clip import BODY
 from ldm_pipeline.models.original.names import Tensors
 from ldm_pipeline.models.original.tensors import to_torch
@@ -32,7 +32,7 @@ _BUFFER = "position_ids"
 
 
 def components(
-    checkpoint: Checkpoint, dtype: torch.dtype, given: Collection[str] = ()
+    checkpoint: SingleFile, dtype: torch.dtype, given: Collection[str] = ()
 ) -> dict[str, Any]:
     """Every component of the checkpoint's pipeline but those in `given`, on the CPU in `dtype`.
 
@@ -57,13 +57,13 @@ def components(
     return found
 
 
-def check(checkpoint: Checkpoint) -> None:
+def check(checkpoint: SingleFile) -> None:
     """Raise `UserError` where the file's tensors are not those of its networks; none is read."""
     for name, tensors in checkpoint.parts.items():
         fitting(checkpoint, name, empty(checkpoint, name), tensors)
 
 
-def empty(checkpoint: Checkpoint, component: str) -> nn.Module:
+def empty(checkpoint: SingleFile, component: str) -> nn.Module:
     """The component's network without memory for its weights."""
     config = checkpoint.config(component)
     projects = any(
@@ -81,7 +81,7 @@ def empty(checkpoint: Checkpoint, component: str) -> nn.Module:
         return kind(CLIPTextConfig.from_dict(config))
 
 
-def fitting(checkpoint: Checkpoint, component: str, model: nn.Module, tensors: Tensors) -> Tensors:
+def fitting(checkpoint: SingleFile, component: str, model: nn.Module, tensors: Tensors) -> Tensors:
     """The tensors under the names that `model` has in memory; `UserError` where they differ."""
     whole = {key: tensor for key, tensor in tensors.items() if not key.endswith(_BUFFER)}
     if component.startswith("text_encoder") and not hasattr(model, BODY):

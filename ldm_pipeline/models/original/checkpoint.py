@@ -31,7 +31,7 @@ MARKS = ("v_pred", "ztsnr")
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class SingleFile:
     """What a single file holds.
 
     files   the small files of a Diffusers folder, by their names in it
@@ -64,13 +64,13 @@ def check_name(file: Path) -> None:
         )
 
 
-def open_checkpoint(
+def open_single_file(
     file: Path,
     *,
     prediction_type: str | None = None,
     tokenizer: Path | None = None,
     given: Collection[str] = (),
-) -> Checkpoint:
+) -> SingleFile:
     """The checkpoint in `file`.
 
     What it predicts is told by the file, else by the family, unless `prediction_type` says it.
@@ -103,7 +103,7 @@ def open_checkpoint(
             files["scheduler/scheduler_config.json"] = _text(told | {"prediction_type": prediction})
     _check_files(file, family, files, given)
     parts, rest = _parts(file, family, files, tensors, given)
-    return Checkpoint(file, family, files, parts, own.bare if own else (), rest)
+    return SingleFile(file, family, files, parts, own.bare if own else (), rest)
 
 
 def _with_body(tensors: dict[str, Stored]) -> dict[str, Stored]:

@@ -51,7 +51,7 @@ class OpenClip:
         return Names(pairs)
 
     def to_original(self, here: Tensors) -> dict[str, Stored]:
-        """See `Layout`."""
+        """See `NameMap`."""
         found = self._names.to_original(here)
         if "text_projection.weight" in here:
             found["model.text_projection"] = here["text_projection.weight"].transposed()
@@ -64,7 +64,7 @@ class OpenClip:
         return found
 
     def to_diffusers(self, there: Tensors) -> dict[str, Stored]:
-        """See `Layout`; the projection comes too, for encoders that have one."""
+        """See `NameMap`; the projection comes too, for encoders that have one."""
         found = self._names.to_diffusers(there)
         if "model.text_projection" in there:
             found["text_projection.weight"] = there["model.text_projection"].transposed()

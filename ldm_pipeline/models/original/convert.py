@@ -17,7 +17,7 @@ from ldm_pipeline.models import folders
 from ldm_pipeline.models.headers import read_header
 from ldm_pipeline.models.original import build, note
 from ldm_pipeline.models.original.autoencoder import modern
-from ldm_pipeline.models.original.checkpoint import Checkpoint
+from ldm_pipeline.models.original.checkpoint import SingleFile
 from ldm_pipeline.models.original.clip import BODY, with_body
 from ldm_pipeline.models.original.families import Family, family_for
 from ldm_pipeline.models.original.names import Tensors
@@ -85,13 +85,13 @@ def to_file(folder: Path, file: Path) -> tuple[str, ...]:
     dropped = sorted(components(contents).keys() - set(family.components) - _small(family))
     contents |= {name: [None, None] for name in dropped}
     files = _small_files(folder, contents)
-    build.check(Checkpoint(folder, family, files, whole, tuple(bare), {}))
+    build.check(SingleFile(folder, family, files, whole, tuple(bare), {}))
     texts |= {note.KEY: note.Note(files, tuple(bare)).packed()}
     write(file, tensors, _specification(family, folder) | texts)
     return tuple(dropped)
 
 
-def to_folder(checkpoint: Checkpoint, folder: Path) -> int:
+def to_folder(checkpoint: SingleFile, folder: Path) -> int:
     """Write the checkpoint to `folder`, complete or not at all; how many tensors are surplus."""
     with replacing(folder) as temporary:
         for name, text in checkpoint.files.items():

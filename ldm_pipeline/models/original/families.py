@@ -12,7 +12,7 @@ from typing import Any
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models.original.autoencoder import vae_names
 from ldm_pipeline.models.original.clip import CLIP_NAMES, OpenClip
-from ldm_pipeline.models.original.names import Layout
+from ldm_pipeline.models.original.names import NameMap
 from ldm_pipeline.models.original.unet import unet_names
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -77,7 +77,7 @@ class Family:
         """What Stability's model specification calls the architecture of a model."""
         return self.spec.replace("768-v", "512") if prediction == "epsilon" else self.spec
 
-    def layout(self, component: str, config: Mapping[str, Any]) -> Layout:
+    def layout(self, component: str, config: Mapping[str, Any]) -> NameMap:
         """How a component with `config` names its tensors."""
         if component == "unet":
             return unet_names(config)

@@ -16,7 +16,7 @@ from ldm_pipeline.models.original.tensors import Stored
 Tensors = Mapping[str, Stored]
 
 
-class Layout(Protocol):
+class NameMap(Protocol):
     """How one network's tensors change their names, and where it must be their form."""
 
     def to_original(self, here: Tensors) -> dict[str, Stored]:
@@ -39,7 +39,7 @@ class Names:
     pointwise: frozenset[str] = field(default_factory=frozenset)
 
     def to_original(self, here: Tensors) -> dict[str, Stored]:
-        """See `Layout`."""
+        """See `NameMap`."""
         found = {}
         for key, tensor in here.items():
             name = renamed(key, self.pairs)
@@ -51,7 +51,7 @@ class Names:
         return found
 
     def to_diffusers(self, there: Tensors) -> dict[str, Stored]:
-        """See `Layout`."""
+        """See `NameMap`."""
         back = {other: module for module, other in self.pairs.items()}
         found = {}
         for key, tensor in there.items():

@@ -26,7 +26,7 @@ from ldm_pipeline.cli import main
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import bundled
 from ldm_pipeline.models.original import note, tokenizers
-from ldm_pipeline.models.original.checkpoint import open_checkpoint
+from ldm_pipeline.models.original.checkpoint import open_single_file
 from ldm_pipeline.models.original.configs import unet_config
 from ldm_pipeline.models.original.convert import SURPLUS, to_file, to_folder
 from ldm_pipeline.models.original.families import SD1
@@ -128,7 +128,7 @@ def _bodied(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 def test_the_family_is_told_from_the_keys(made: Made, kind: str) -> None:
     """At any size; stock looks for tensors that only models of the real size have."""
     names = {"sd1": "1.x", "sd2": "2.x", "sdxl": "XL", "refiner": "refiner"}
-    told = open_checkpoint(made[kind][2]).family.name
+    told = open_single_file(made[kind][2]).family.name
     assert told.endswith(names[kind.partition("-")[0]])
 
 
@@ -139,7 +139,7 @@ def test_the_family_is_told_from_the_keys(made: Made, kind: str) -> None:
 def test_folder_to_file_to_folder(made: Made, kind: str, tmp_path: Path) -> None:
     """The same files, byte for byte, and a file that is the same whenever it is written."""
     _, folder, file = made[kind]
-    assert to_folder(open_checkpoint(file), tmp_path / "again") == 0
+    assert to_folder(open_single_file(file), tmp_path / "again") == 0
     before, after = contents(folder), contents(tmp_path / "again")
     assert before.keys() == after.keys()
     assert [name for name in before if before[name] != after[name]] == []
@@ -166,12 +166,12 @@ def test_file_to_folder_to_file(made: Made, kind: str, dtype: torch.dtype, tmp_p
         tensors["cond_stage_model.model.text_projection"] = torch.rand(64, 64)
     other = tmp_path / "other.safetensors"
     save_file(tensors, other, metadata={"modelspec.title": "Another", "format": "pt"})
-    checkpoint = open_checkpoint(other, tokenizer=folder)
+    checkpoint = open_single_file(other, tokenizer=folder)
     surplus = to_folder(checkpoint, tmp_path / "folder")
     assert surplus == len(load_file(tmp_path / "folder" / SURPLUS)) >= 4
     to_file(tmp_path / "folder", tmp_path / "back.safetensors")
     assert same(load_file(tmp_path / "back.safetensors"), tensors)
-    assert open_checkpoint(tmp_path / "back.safetensors").files == checkpoint.files
+    assert open_single_file(tmp_path / "back.safetensors").files == checkpoint.files
 
 
 # -- loading -------------------------------------------------------------------------------------
@@ -203,7 +203,7 @@ def test_a_file_draws_what_its_folder_draws(made: Made, kind: str, tmp_path: Pat
 
 def test_an_inpainting_file_says_so(made: Made, tmp_path: Path) -> None:
     _, folder, file = made["sd1-inpaint"]
-    to_folder(open_checkpoint(plain(file), tokenizer=folder), tmp_path / "folder")
+    to_folder(open_single_file(plain(file), tokenizer=folder), tmp_path / "folder")
     index = json.loads((tmp_path / "folder" / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionInpaintPipeline"
     stocks = DiffusionPipeline.from_pretrained(tmp_path / "folder")
@@ -219,7 +219,7 @@ def test_what_a_unet_predicts(made: Made, tmp_path: Path, caplog: Any) -> None:
     told: dict[str, Any] = {"tokenizer": folder}
 
     def predicts(file: Path, **asked: Any) -> str:
-        checkpoint = open_checkpoint(file, **told, **asked)
+        checkpoint = open_single_file(file, **told, **asked)
         found: str = checkpoint.config("scheduler")["prediction_type"]
         return found
 
@@ -241,7 +241,7 @@ def test_what_a_unet_predicts(made: Made, tmp_path: Path, caplog: Any) -> None:
     marks = {"v_pred": torch.zeros(0), "ztsnr": torch.zeros(0)}
     save_file(load_file(file) | marks, bare)
     assert predicts(bare) == "v_prediction"
-    scheduler = open_checkpoint(bare, **told).config("scheduler")
+    scheduler = open_single_file(bare, **told).config("scheduler")
     assert scheduler["rescale_betas_zero_snr"]
     with pytest.raises(UserError, match="choose one of epsilon, v_prediction"):
         ldm_pipeline.load(file, prediction_type="v")
@@ -463,7 +463,7 @@ def test_a_forged_note_is_refused(
     made: Made, forge: Callable[[Any], str], message: str, tmp_path: Path
 ) -> None:
     _, _, file = made["sd1"]
-    files = dict(open_checkpoint(file).files)
+    files = dict(open_single_file(file).files)
     bad = tmp_path / "bad.safetensors"
     save_file(load_file(file), bad, metadata={note.KEY: forge(files)})
     with pytest.raises(UserError, match=message) as refusal:
