@@ -9,6 +9,8 @@ from typing import Any
 
 from ldm_pipeline.commands.info import size
 from ldm_pipeline.lora.layouts.families import family_of
+from ldm_pipeline.lora.notes import KEY as LCM
+from ldm_pipeline.lora.notes import read_note
 from ldm_pipeline.lora.targets import Layout
 from ldm_pipeline.lora.weights import MAGNITUDE, Header, LoraWeights
 
@@ -28,6 +30,13 @@ def describe(header: Header, weights: LoraWeights) -> Iterator[str]:
     yield f"parameters: {count:,}, {', '.join(dtypes)}"
     yield f"base model: {base_model(header)}"
     yield f"trained words: {trained_words(header.texts)}"
+    if LCM in header.texts:
+        note = read_note(header.path)
+        base = "a model" if note.base is None else clean(note.base)
+        yield (
+            f"few steps: draws with --lcm; distilled from {base}, original_steps"
+            f" {note.original_steps}, timestep_scaling {note.timestep_scaling:g}"
+        )
     for component, layout in weights.layouts.items():
         yield f"{component}: {len(layout.slots)} modules, {numbers(layout)}"
         yield f"  targets: {targets(layout)}"

@@ -124,6 +124,18 @@ def test_info_tells_what_it_is(ldm: Ldm, tmp_path: Path) -> None:
     assert "text_encoder: 3 modules" in out
 
 
+def test_info_tells_a_few_step_adapter(ldm: Ldm, tmp_path: Path) -> None:
+    note = LcmNote("mine\x1b[31m", 40, 8.0)
+    save(tmp_path / "a.safetensors", lora(sd1(), every=30), note.texts())
+    told = ldm("info", "a.safetensors")[1]
+    assert (
+        "few steps: draws with --lcm; distilled from mine [31m, original_steps 40,"
+        " timestep_scaling 8" in told.splitlines()
+    )
+    save(tmp_path / "b.safetensors", lora(sd1(), every=30), {})
+    assert "few steps" not in ldm("info", "b.safetensors")[1]
+
+
 def test_info_tells_whether_it_fits(ldm: Ldm, style: str, tmp_path: Path) -> None:
     sd1().save_pretrained(tmp_path / "model")
     code, out, _ = ldm("info", style, "--model", "model")
