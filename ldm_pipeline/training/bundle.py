@@ -208,7 +208,7 @@ pipeline can be tried, tested and taught on a laptop, with no network and no gra
 | `text_encoder`, `tokenizer` | CLIP text model, own vocabulary, 48 tokens | {text_encoder} |
 | `unet` | UNet2DConditionModel, cross-attention, v-prediction | {unet} |
 | `scheduler` | DDIM on DDPM's linear schedule, trailing spacing | |
-| `clip` | the contrastive text and vision towers the text encoder began from | {clip} |
+| `clip` | contrastive text and vision towers, which read the same tokens | {clip} |
 
 Weights are stored in 16 bits.
 
