@@ -17,17 +17,14 @@ from diffusers.models import ImageProjection
 from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import CLIPVisionModelWithProjection
-from transformers.utils import logging as transformers_logging
 
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.models.quiet import quiet_transformers
 from ldm_pipeline.models.trust import SAFE, check_adapter, check_part
 from ldm_pipeline.request import Request
 
-_loudness = transformers_logging.get_verbosity()
-transformers_logging.set_verbosity_error()  # it says twice that torchvision, not needed, is missing
-from diffusers.loaders import IPAdapterMixin  # noqa: E402  # while it is quiet
-
-transformers_logging.set_verbosity(_loudness)
+with quiet_transformers():
+    from diffusers.loaders import IPAdapterMixin
 
 Source = str | os.PathLike[str] | dict[str, Any]
 

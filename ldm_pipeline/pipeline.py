@@ -25,8 +25,6 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     SchedulerMixin,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInpaintPipeline,
     UNet2DConditionModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -136,7 +134,7 @@ class LatentDiffusionPipeline(
 
     # Drawing ----------------------------------------------------------------------------------
 
-    @in_stock_order(1, StableDiffusionImg2ImgPipeline, StableDiffusionInpaintPipeline)
+    @in_stock_order(1, "StableDiffusionImg2ImgPipeline", "StableDiffusionInpaintPipeline")
     @torch.no_grad()
     def __call__(
         self,

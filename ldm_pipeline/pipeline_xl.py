@@ -20,8 +20,6 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderTiny,
     SchedulerMixin,
-    StableDiffusionXLImg2ImgPipeline,
-    StableDiffusionXLInpaintPipeline,
     UNet2DConditionModel,
 )
 from diffusers.callbacks import MultiPipelineCallbacks, PipelineCallback
@@ -123,7 +121,7 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
 
     # Drawing ----------------------------------------------------------------------------------
 
-    @in_stock_order(2, StableDiffusionXLImg2ImgPipeline, StableDiffusionXLInpaintPipeline)
+    @in_stock_order(2, "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")
     @torch.no_grad()
     def __call__(  # type: ignore[override]  # the order of the arguments is stock SDXL's
         self,

@@ -14,6 +14,7 @@ from functools import lru_cache, wraps
 from inspect import signature
 from typing import Any, ParamSpec, TypeVar
 
+import diffusers
 import numpy as np
 from PIL.Image import Image
 from torch import Tensor
@@ -104,12 +105,13 @@ def check_no_code(custom_pipeline: object, trust_remote_code: bool) -> None:
 
 
 def in_stock_order(
-    texts: int, redrawing: type, painting: type
+    texts: int, redrawing: str, painting: str
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Let a pipeline's `__call__` also be told a picture behind its `texts` without a name.
 
     There text-to-image has its height. All that stand without names then are those of the stock
-    pipeline `redrawing`, or of `painting` where a second picture, the mask, follows at once.
+    pipeline `redrawing`, or of `painting` where a second picture, the mask, follows at once; these
+    are imported then, and not before.
     """
 
     def taught(call: Callable[P, R]) -> Callable[P, R]:
@@ -122,7 +124,7 @@ def in_stock_order(
             )
             if not picture:
                 return call(*told, **named)
-            order = signature((painting if mask else redrawing).__call__)
+            order = signature(getattr(diffusers, painting if mask else redrawing).__call__)
             answer: R = anyhow(**order.bind_partial(*told).arguments, **named)
             return answer
 

@@ -326,3 +326,16 @@ def test_files_stay_short_enough_to_read(files: list[Path], most: int) -> None:
         for path in files
     }
     assert {name: n for name, n in lengths.items() if n > most} == {}
+
+
+@pytest.mark.parametrize("first", ["pipeline", "training.latent_diffusion"])
+def test_imports_say_nothing(first: str) -> None:
+    """What stock parts say when they are imported tells a user nothing."""
+    done = subprocess.run(
+        [sys.executable, "-c", f"import ldm_pipeline.{first}"],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

@@ -14,9 +14,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import (
-    retrieve_latents,
-)
 from tqdm.auto import tqdm
 
 from ldm_pipeline.data.world import Description, Sample, Scene, World
@@ -24,6 +21,12 @@ from ldm_pipeline.evaluation.judge import Reading, Verdict, agrees, read
 from ldm_pipeline.evaluation.metrics import Share
 from ldm_pipeline.grid import captioned_grid
 from ldm_pipeline.images import to_pictures
+from ldm_pipeline.models.quiet import quiet_transformers
+
+with quiet_transformers():
+    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import (
+        retrieve_latents,
+    )
 
 READ_BACK = "scene read from its reconstruction"
 FLOORS = {

@@ -21,7 +21,6 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
-    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
 from pydantic import Field, model_validator
@@ -33,6 +32,7 @@ from ldm_pipeline.diffusion.losses import Loss, denoising_errors, denoising_loss
 from ldm_pipeline.diffusion.schedule import Schedule
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import autoencoder
+from ldm_pipeline.models.quiet import quiet_transformers
 from ldm_pipeline.models.text import tokenise
 from ldm_pipeline.models.unet import bind
 from ldm_pipeline.processes.ranks import Ranks, launched
@@ -59,6 +59,9 @@ from ldm_pipeline.training.world_data import (
     key_at,
     noise_of,
 )
+
+with quiet_transformers():
+    from diffusers import StableDiffusionPipeline
 
 PREDICTS = "v_prediction"
 

@@ -18,17 +18,21 @@ from typing import Any
 
 import torch
 import yaml
-from diffusers import LatentConsistencyModelPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from PIL.Image import Image
 from torch import Tensor, nn
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models.conditioning import OneEncoder
+from ldm_pipeline.models.quiet import quiet_transformers
 from ldm_pipeline.training.adapting import OpenModel
 from ldm_pipeline.training.halving import halved
 from ldm_pipeline.training.lcm import LcmConfig, LcmObjective
 from ldm_pipeline.training.lora_card import PICTURES
 from ldm_pipeline.training.start import part_of, take_weights, weights_in
+
+with quiet_transformers():
+    from diffusers import LatentConsistencyModelPipeline
 
 
 class FullLcmObjective(LcmObjective):

@@ -8,11 +8,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import DiffusionPipeline
 from huggingface_hub import hf_hub_download
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import folders
+from ldm_pipeline.models.quiet import quiet_transformers
+
+with quiet_transformers():
+    from diffusers import StableDiffusionXLPipeline
 
 
 def open_model(source: str, dtype: torch.dtype) -> DiffusionPipeline:
