@@ -41,7 +41,7 @@ def caption_accuracy(folder: Path, pictures: int, seed: int) -> Share:
         rng = np.random.default_rng([seed, index])
         wrong = _close(sample.description, rng) + _others(world, pictures + index * CAPTIONS, index)
         captions = [sample.caption, *wrong[: CAPTIONS - 1]]
-        tokens = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
         picture = torch.from_numpy(sample.picture).permute(2, 0, 1)[None].float() / 127.5 - 1
         seen = model.get_image_features(pixel_values=picture).pooler_output
         read = model.get_text_features(input_ids=tokens.input_ids).pooler_output
