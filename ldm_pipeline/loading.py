@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from diffusers import DiffusionPipeline
 from diffusers import __version__ as diffusers_version
-from diffusers.utils import logging as diffusers_logging
 from packaging import version
 
 from ldm_pipeline.errors import UserError, choose
@@ -25,6 +23,7 @@ from ldm_pipeline.models import bundled, folders
 from ldm_pipeline.models.hub import fetched_index, reaching
 from ldm_pipeline.models.original.checkpoint import SingleFile, open_single_file
 from ldm_pipeline.models.quantising import quantised
+from ldm_pipeline.models.quiet import quiet_diffusers
 from ldm_pipeline.models.reading import reading
 from ldm_pipeline.models.schedulers import scheduler_class
 from ldm_pipeline.models.trust import components
@@ -317,19 +316,8 @@ def single_file(
 
 def _fetched(cls: type[FolderPipeline], hub_id: str, **told: Any) -> Path:
     """The folder of a hub model, downloaded or in the cache; `UserError` where there is no way."""
-    with _quiet(), reaching(hub_id, told["local_files_only"]):
+    with quiet_diffusers(), reaching(hub_id, told["local_files_only"]):
         return Path(cls.download(hub_id, use_safetensors=True, **told))
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Within the block, diffusers warns of nothing: what it would is in our one line."""
-    loudness = diffusers_logging.get_verbosity()
-    diffusers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        diffusers_logging.set_verbosity(loudness)
 
 
 def dtype_argument(dtype: torch.dtype | dict[str, torch.dtype]) -> dict[str, Any]:
