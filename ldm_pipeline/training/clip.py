@@ -33,6 +33,7 @@ from ldm_pipeline.data.world import (
     held_out_caption,
     phrase,
 )
+from ldm_pipeline.errors import UserError
 from ldm_pipeline.models.text import tokenise
 from ldm_pipeline.training.config import (
     NonNegative,
@@ -90,8 +91,8 @@ class ClipConfig(TrainingConfig):
     )
 
     def kept_on_resume(self) -> Collection[str]:
-        """The tokenizer is made of captions of this world: which number stands for which word."""
-        return ("data.seed",)
+        """Where the tokenizer comes from: which number stands for which word."""
+        return ("data.seed", "begin_from", "text")
 
 
 class ClipObjective(nn.Module):
@@ -102,8 +103,7 @@ class ClipObjective(nn.Module):
         torch.manual_seed(config.run.seed)
         self.config = config
         self.world = World(config.data.seed)
-        captions = [self.world.told(i)[2] for i in range(20_000)]
-        self.tokenizer = train_tokenizer(captions, config.model.merges, config.model.length)
+        self.tokenizer = _tokenizer(config, self.world)
         self.clip = CLIPModel(_clip_config(config.model, self.tokenizer))
         self.grid = SIDE // config.model.patch
         self.layout: LayoutHead | None = None
@@ -238,6 +238,25 @@ def wrong_captions(
             if held_out or not held_out_caption(caption):
                 wrong.append(caption)
     return wrong
+
+
+def _tokenizer(config: ClipConfig, world: World) -> CLIPTokenizer:
+    """Of the folder that the text tower begins from, whose embeddings mean its words; else one of
+    captions of `world`."""
+    for setting, folder in (("begin_from", config.begin_from), ("text", config.text)):
+        if folder is not None:
+            return _tokenizer_of(folder, setting)
+    captions = (world.told(i)[2] for i in range(20_000))
+    return train_tokenizer(captions, config.model.merges, config.model.length)
+
+
+def _tokenizer_of(folder: Path, setting: str) -> CLIPTokenizer:
+    """The tokenizer beside the model in `folder`, or beside `folder` where it is the model itself;
+    UserError, which names the `setting`, for none."""
+    for place in (folder / "tokenizer", folder.parent / "tokenizer"):
+        if (place / "tokenizer.json").is_file():
+            return CLIPTokenizer.from_pretrained(place)
+    raise UserError(f"{setting}: {folder} has no tokenizer, which says what its embeddings mean")
 
 
 def _clip_config(settings: ClipSettings, tokenizer: CLIPTokenizer) -> CLIPConfig:

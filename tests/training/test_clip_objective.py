@@ -122,9 +122,27 @@ def test_a_run_begins_from_what_another_left(
         begun = ClipObjective(config.model_copy(update={"run": run, "begin_from": folder}))
         found = begun.clip.state_dict()
         assert [name for name in wanted if not torch.equal(wanted[name], found[name])] == []
+    for setting in ("text", "begin_from"):
+        with pytest.raises(UserError, match=f"^{setting}: {tmp_path} has no tokenizer"):
+            ClipObjective(config.model_copy(update={setting: tmp_path}))
+    clip_objective.tokenizer.save_pretrained(tmp_path / "tokenizer")
     for setting, place in (("text", tmp_path / "text_encoder"), ("begin_from", tmp_path)):
         with pytest.raises(UserError, match=f"^{setting}: {place} holds none of"):
             ClipObjective(config.model_copy(update={setting: tmp_path}))
+
+
+@pytest.mark.parametrize("setting", ["begin_from", "text"])
+def test_another_world_is_told_in_the_words_that_the_towers_know(
+    setting: str, text_folder: Path, clip_objective: ClipObjective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tokenizer of another world's captions would give the embeddings other meanings."""
+    monkeypatch.setattr(clip, "World", SmallWorld)
+    data = clip_objective.config.data.model_copy(update={"seed": 5})
+    config = clip_objective.config.model_copy(update={"data": data})
+    words = clip_objective.tokenizer.get_vocab()
+    assert ClipObjective(config).tokenizer.get_vocab() != words
+    begun = ClipObjective(config.model_copy(update={setting: text_folder}))
+    assert begun.tokenizer.get_vocab() == words
 
 
 def test_eight_pairs_are_learnt(objective: ClipObjective) -> None:
