@@ -26,6 +26,12 @@ from ldm_pipeline.evaluation.report import (
 from ldm_pipeline.evaluation.retrieval import caption_accuracy
 
 
+@pytest.fixture(autouse=True)
+def _few_reconstructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What becomes of the autoencoder's pictures is looked at by name."""
+    monkeypatch.setattr("ldm_pipeline.evaluation.report.RECONSTRUCTED", 20)
+
+
 class Painter:
     """Stands in for a pipeline: paints the scene a caption was told of, or another one."""
 

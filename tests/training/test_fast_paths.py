@@ -96,7 +96,7 @@ def trained(
         out = tmp_path / f"{precision} {sorted(without)} {steps} {run}"
         values = {
             "run": {
-                "out": out, "batch_size": 4, "steps": steps, "workers": 0, "log_with": "none",
+                "out": out, "batch_size": 2, "steps": steps, "workers": 0, "log_with": "none",
                 "mixed_precision": precision, **run,
             },
             "optimiser": {"lr": 1e-2, "warmup_steps": 0, "ema_decay": 0.0},
