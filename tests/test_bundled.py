@@ -10,11 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from ldm_pipeline import LatentDiffusionPipeline
+from ldm_pipeline import LatentDiffusionPipeline, load
 from ldm_pipeline.data.world import Description, World
 from ldm_pipeline.evaluation.report import judged
 from ldm_pipeline.evaluation.retrieval import caption_accuracy
 from ldm_pipeline.models import bundled
+from ldm_pipeline.models.autoencoder import decode, encode
+from ldm_pipeline.training.autoencoder import psnr
+from ldm_pipeline.training.world_data import as_tensor
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,20 @@ def test_the_few_step_adapter_is_stock_s_too(pipe: Any) -> None:
     assert np.array_equal(pipe("a red star", seed=3, **settings).images, before), "no trace is left"
 
 
+def test_the_small_decoder_decodes_as_the_large_one_does(
+    pipe: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It loses 3.3 dB on 100 pictures; a decoder of other latents loses 20."""
+    small = load("bundled", decoder="small").vae
+    assert not caplog.records, "stock's warnings of AutoencoderTiny's own configuration"
+    samples = [World(7, "test")[i] for i in range(16)]
+    x = as_tensor([sample.picture for sample in samples])
+    with torch.no_grad():
+        z, _ = encode(pipe.vae, x)
+        own, full = (psnr(x, decode(vae, z).clamp(-1, 1)).mean() for vae in (small, pipe.vae))
+    assert full - 6 <= own
+
+
 def is_of_one(description: Description) -> bool:
     """Whether a caption tells of a single thing."""
     return [mention.count for mention in description.mentions] == [1]
@@ -123,4 +140,4 @@ def test_its_vocabulary_is_a_clip_tokenizer_s() -> None:
 def test_its_clip_picks_captions() -> None:
     """Of 100 captions, half of them false in one claim alone: a guess is right in one of 100
     pictures, and so was a CLIP that knew no relations in one of twenty."""
-    assert caption_accuracy(bundled.folder(), pictures=30, seed=0).value >= 0.3
+    assert caption_accuracy(bundled.folder(), pictures=30, seed=0).value >= 0.5

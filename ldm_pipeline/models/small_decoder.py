@@ -65,12 +65,15 @@ def opened(place: Path, dtype: torch.dtype) -> AutoencoderTiny:
     """The small autoencoder in a folder that `find` gave; `UserError` where it cannot be loaded."""
     from diffusers import AutoencoderTiny
 
+    from ldm_pipeline.models.quiet import quiet_diffusers
+
+    told = {"use_safetensors": True, "local_files_only": True}
     try:
-        vae = AutoencoderTiny.from_pretrained(place, use_safetensors=True, local_files_only=True)
+        with quiet_diffusers():  # warns of what its own save_pretrained wrote, and of an empty list
+            return AutoencoderTiny.from_pretrained(place, **told).to(dtype).eval()
     except (OSError, ValueError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"the small decoder in {place} cannot be loaded: {reason}") from error
-    return vae.to(dtype).eval()
 
 
 def check_fits(vae: AutoencoderTiny, unet: Any) -> None:

@@ -100,6 +100,8 @@ def _gather(parts: Parts, place: Path) -> None:
         raise UserError(f"{parts.model} has no tokenizer")
     history = None if parts.history is None else parts.history.read_text("utf-8")
     millions = {part: f"{_millions(place / part)} M" for part in COUNTED}
+    if parts.decoder is not None:
+        millions[DECODER] = f"{_millions(parts.decoder)} M"
     card = model_card(
         millions, _read(parts.report), _read(parts.lcm_report), history, parts.licence
     )
@@ -151,7 +153,8 @@ def model_card(
 ) -> str:
     """The card's Markdown; what was not measured or told is left out.
 
-    `millions` tells of each part in `COUNTED` how many parameters it has.
+    `millions` tells of each part in `COUNTED` how many parameters it has, and of the small decoder
+    where there is one.
     """
     told = _table(figures) if figures else "Not measured yet.\n"
     if few_steps:
@@ -159,7 +162,11 @@ def model_card(
     passed = "" if history is None else f"\n{history.strip()}\n"
     front = "" if licence is None else f"license: {licence}\n"
     words = len(VOCABULARY)
-    return CARD.format(licence=front, figures=told, history=passed, words=words, **millions)
+    small = SMALL_DECODER.format(**millions) if DECODER in millions else ""
+    told_of = {part: millions[part] for part in COUNTED}
+    return CARD.format(
+        licence=front, figures=told, history=passed, words=words, small=small, **told_of
+    )
 
 
 def _table(figures: dict[str, Any]) -> str:
@@ -189,6 +196,8 @@ FEW_STEPS = """With the few-step adapter in `lcm`, distilled from this model by 
 
 """
 
+SMALL_DECODER = "| `decoder` | AutoencoderTiny, in place of `vae` if asked for | {decoder} |\n"
+
 CARD = """---
 {licence}library_name: diffusers
 pipeline_tag: text-to-image
@@ -209,7 +218,7 @@ pipeline can be tried, tested and taught on a laptop, with no network and no gra
 | `unet` | UNet2DConditionModel, cross-attention, v-prediction | {unet} |
 | `scheduler` | DDIM on DDPM's linear schedule, trailing spacing | |
 | `clip` | contrastive text and vision towers, which read the same tokens | {clip} |
-
+{small}
 Weights are stored in 16 bits.
 
 ## Data
