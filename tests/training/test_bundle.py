@@ -87,7 +87,9 @@ def test_adapter_and_small_decoder_come_beside_it_in_half_the_bytes(
     halved = AutoencoderTiny.from_pretrained(out / "decoder", torch_dtype=torch.float16)
     pairs = zip(halved.parameters(), small.parameters(), strict=True)
     assert all(torch.equal(a, b.half()) for a, b in pairs)
-    assert "--prompts 9 --seed 0 --steps 4 --lcm`" in (out / "README.md").read_text("utf-8")
+    card = (out / "README.md").read_text("utf-8")
+    assert "--prompts 9 --seed 0 --steps 4 --lcm`" in card
+    assert "| `decoder` | AutoencoderTiny" in card
     monkeypatch.setattr(module, "MOST_LCM_BYTES", 1000)
     with pytest.raises(UserError, match="few-step adapter takes"):
         bundle(parts, tmp_path / "out")
