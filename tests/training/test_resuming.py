@@ -56,6 +56,8 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("unet", "model.norm_groups", 8, "model.norm_groups=16"),
     ("clip", "model.heads", 2, "model.heads=4"),
     ("clip", "data.seed", 1, "data.seed=0"),
+    ("clip", "text", None, 'text="t"'),
+    ("clip", "begin_from", "b", "begin_from=null"),
     ("autoencoder", "model.norm_groups", 2, "model.norm_groups=4"),
     ("autoencoder", "begin_from", "other", 'begin_from="a"'),
     ("decoder", "autoencoder", "other", 'autoencoder="a"'),
@@ -69,7 +71,6 @@ ALLOWED: list[tuple[str, str, Any]] = [
     ("lcm", "lcm.huber", None),
     ("lcm", "data", {"source": "others"}),
     ("unet", "caption_dropout", 0.5),
-    ("clip", "text", None),
 ]
 
 
