@@ -13,9 +13,11 @@ Legend
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import count
 from typing import Any
 
@@ -58,11 +60,18 @@ def stock_sampler(name: str, config: Mapping[str, Any], eta: float | None = None
     `config` is that of any stock scheduler of the Stable Diffusion family. Raises UserError for an
     unknown name.
     """
+    choose("sampler", name, STOCK_SCHEDULERS)
+    told = json.dumps(dict(config), default=lambda array: array.tolist())
+    return StockSampler(_stock_scheduler(name, told), eta=eta)
+
+
+@lru_cache(maxsize=16)
+def _stock_scheduler(name: str, config: str) -> Any:
+    """One scheduler for all draws, none of which changes it: KDPM2's takes 0.3 s to make."""
     import diffusers
 
-    made_by = getattr(diffusers, STOCK_SCHEDULERS[choose("sampler", name, STOCK_SCHEDULERS)])
-    scheduler = made_by.from_config(dict(config), **STOCK_OPTIONS.get(name, {}))
-    return StockSampler(scheduler, eta=eta)
+    made_by = getattr(diffusers, STOCK_SCHEDULERS[name])
+    return made_by.from_config(json.loads(config), **STOCK_OPTIONS.get(name, {}))
 
 
 def scheduler_class(name: object, place: object) -> Any:

@@ -14,6 +14,7 @@ from copy import deepcopy
 from typing import Any
 
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers.utils.torch_utils import randn_tensor
@@ -244,6 +245,16 @@ def test_names_draw(name: str) -> None:
     x = ours(sampler, [1, 2])
     assert x.isfinite().all()
     assert not torch.equal(x, ours(sampler, [3, 4]))
+
+
+def test_one_scheduler_serves_all_draws_over_its_schedule() -> None:
+    betas = np.linspace(1e-4, 0.02, 1000, dtype=np.float32)
+    own = {**CONFIG, "trained_betas": betas}
+    sampler = stock_sampler("unipc", own)
+    assert stock_sampler("unipc", own).scheduler is sampler.scheduler
+    assert torch.equal(sampler.scheduler.betas, torch.from_numpy(betas))
+    other = stock_sampler("unipc", CONFIG).scheduler
+    assert not torch.equal(other.betas, sampler.scheduler.betas)
 
 
 def test_the_sde_name_means_the_stochastic_solver() -> None:

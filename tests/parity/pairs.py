@@ -6,6 +6,7 @@ pair    (ours, stock); stock's scheduler is a copy, since a stock pipeline chang
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -58,7 +59,7 @@ def scheduler_of(name: str, **settings: Any) -> Any:
         "clip_sample": False,
     }
     made_by = getattr(diffusers, name)
-    known = made_by().config
+    known = inspect.signature(made_by).parameters
     chosen = {key: value for key, value in config.items() if key in known}
     return made_by(**chosen, **SCHEDULERS[name], **settings)
 

@@ -67,10 +67,9 @@ def launched(name: str, module: str, *told: str) -> str:
                 os.killpg(run.pid, signal.SIGKILL)
 
 
-@pytest.mark.parametrize("name", ["multi_gpu", "multi_node"])
-def test_they_start_one_run_of_two_processes(tmp_path: Path, name: str) -> None:
+def test_several_machines_take_part_in_one_run(tmp_path: Path) -> None:
     told = ["--run.steps=3", "--run.batch_size=8", "--run.workers=0"]
-    launched(name, "tests.training.toy", f"--run.out={tmp_path}", *told)
+    launched("multi_node", "tests.training.toy", f"--run.out={tmp_path}", *told)
     state = saved(tmp_path)[1]
     assert (state["processes"], state["step"]) == (2, 3)
 
