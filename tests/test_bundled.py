@@ -64,14 +64,14 @@ def test_the_same_seed_is_the_same_picture_in_any_company(pipe: Any) -> None:
 
 @pytest.mark.parametrize(
     ("how", "least"),
-    [({"num_inference_steps": 25, "guidance_scale": 3.0}, 18), ({"lcm": True}, 13)],
+    [({"num_inference_steps": 25, "guidance_scale": 3.0}, 12), ({"lcm": True}, 9)],
     ids=["25 steps", "4 steps"],
 )
 def test_it_draws_what_unseen_captions_ask_for(pipe: Any, how: dict[str, Any], least: int) -> None:
     """Shares of `ldm evaluate` on a small sample; the model card has all that was measured."""
     world = World(99, "test")
     samples = [world[i] for i in range(200)]
-    kept = [s for s in samples if s.description.background and is_of_one(s.description)][:24]
+    kept = [s for s in samples if s.description.background and is_of_one(s.description)][:16]
     pictures = pipe(
         [sample.caption for sample in kept], seed=list(range(len(kept))), output_type="np", **how
     ).images
@@ -79,9 +79,9 @@ def test_it_draws_what_unseen_captions_ask_for(pipe: Any, how: dict[str, Any], l
         judged(sample, np.round(picture * 255).astype(np.uint8)).verdict
         for sample, picture in zip(kept, pictures, strict=True)
     ]
-    assert len(verdicts) == 24
-    # A model with a true share of 0.97 falls to 20 of 24 in one sample of a hundred.
-    assert sum(verdict.background for verdict in verdicts) >= 21
+    assert len(verdicts) == 16
+    # A model with a true share of 0.97 falls to 13 of 16 in one sample of a hundred.
+    assert sum(verdict.background for verdict in verdicts) >= 14
     assert sum(verdict.kinds and verdict.colours for verdict in verdicts) >= least
 
 
