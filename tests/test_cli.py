@@ -58,6 +58,7 @@ def ldm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp
 
 
 REFUSED = {
+    "generate --prompts /dev/zero": "/dev/zero: more than 67,108,864 bytes",
     "generate x --sampler dimm": "did you mean 'ddim'",
     "generate x --stpes 3": "did you mean '--steps'",
     "generate x --step 3": "did you mean '--steps'",
@@ -478,6 +479,15 @@ def test_the_same_words_with_another_seed_do_not_replace_a_picture(ldm: Ldm, mod
     assert all(Path(name).is_file() for name in named)
 
 
+def test_what_is_no_number_becomes_no_picture(ldm: Ldm, model: Path) -> None:
+    given = ["generate", "x", "--model", str(model), "--steps", "1", "-o", "x.png"]
+    code, out, err = ldm(*given, "--guidance", "1e308")
+    assert (code, out) == (2, "")
+    assert "'x' with seed" in err.splitlines()[-1]
+    assert "lower --guidance" in err.splitlines()[-1]
+    assert not Path("x.png").exists()
+
+
 def test_words_never_learnt_are_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     prompts = ["a (red:1.3) BREAK star <lora:x:1>", "a purpel house, Red"]
     generate.warn_of_unknown_words(prompts, weighted=True)
@@ -485,6 +495,8 @@ def test_words_never_learnt_are_named_with_the_nearest(capsys: pytest.CaptureFix
     assert len(lines) == 1
     assert "'purpel'" in lines[0]
     assert "purple" in lines[0]
+    generate.warn_of_unknown_words(prompts, weighted=True, taught={"purpel"})
+    assert not capsys.readouterr().err
 
 
 def test_info_counts_what_torch_counts(ldm: Ldm, model: Path, tiny: Callable[..., Any]) -> None:

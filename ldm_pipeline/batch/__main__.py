@@ -23,7 +23,7 @@ from ldm_pipeline.batch.orders import Order, once, read_orders, share
 from ldm_pipeline.cli import Parser, ended
 from ldm_pipeline.commands import memory as memory_flags
 from ldm_pipeline.commands import pictures
-from ldm_pipeline.commands.adapters import read_loras
+from ldm_pipeline.commands.adapters import read_loras, taught_words
 from ldm_pipeline.commands.digests import digests_of
 from ldm_pipeline.commands.generate import (
     Job,
@@ -132,7 +132,7 @@ def _draw_all(
             texts = [
                 text for order in orders for text in (order.prompt, order.args.negative) if text
             ]
-            warn_of_unknown_words(texts, weighted=not args.plain)
+            warn_of_unknown_words(texts, not args.plain, taught_words(loras))
     if mine:
         decoder = find_decoder(args.decoder, source)
         pipeline = open_adapted(source, device, dtype, loras, decoder, memory)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.files import check_weight, inspect
+
+TAUGHT = ("modelspec.trigger_phrase", "ss_tag_frequency")
+"""Entries of a LoRA's header that hold words."""
 
 
 def read_loras(texts: Sequence[str], flag: str = "--lora=") -> tuple[tuple[str, float], ...]:
@@ -27,6 +31,13 @@ def read_loras(texts: Sequence[str], flag: str = "--lora=") -> tuple[tuple[str, 
         inspect(file)
         loras.append((file, weight))
     return tuple(loras)
+
+
+def taught_words(loras: Sequence[tuple[str, float]]) -> set[str]:
+    """The words, in lower case, that the headers of LoRAs say they were trained on."""
+    headers = [inspect(file).texts for file, _ in loras]
+    told = (str(texts.get(key, "")) for texts in headers for key in TAUGHT)
+    return set(re.findall(r"[^\W\d_]+", " ".join(told).lower()))
 
 
 def number(text: str) -> float | None:

@@ -13,14 +13,15 @@ import re
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ldm_pipeline.commands import memory as memory_flags
 from ldm_pipeline.commands import pictures
-from ldm_pipeline.commands.adapters import read_loras
+from ldm_pipeline.commands.adapters import read_loras, taught_words
 from ldm_pipeline.commands.digests import digests_of
 from ldm_pipeline.commands.flags import in_flags
 from ldm_pipeline.commands.outputs import check_picture
@@ -55,6 +56,9 @@ if TYPE_CHECKING:
 
 PURPOSE = "draw pictures from words"
 
+LONGEST_PROMPTS = 2**26
+"""Bytes of a file of prompts: a million of 64. Endless ones, such as /dev/zero, are no files."""
+
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
 SMALLER_MODEL = (
     "try --dtype bfloat16 (float16 on a GPU), --offload layers there, or a smaller model"
@@ -88,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="a .png, .webp or .jpg (a .png named by the words and the seed)",
     )
-    add("--prompts", type=Path, metavar="FILE", help="read prompts from a text file, one a line")
+    add("--prompts", type=Path, metavar="FILE", help="draw the lines of a text file, too")
     add("--n", type=int, default=1, help="pictures for each prompt (%(default)s)")
     add("--grid", action="store_true", help="one captioned picture instead of several files")
     add(
@@ -163,7 +167,7 @@ def run(args: argparse.Namespace) -> None:
     say: Say = (lambda line: None) if args.quiet else (lambda line: print(line, file=sys.stderr))
     if source.bundled:
         texts = [*prompts, *([args.negative] if args.negative else [])]
-        warn_of_unknown_words(texts, weighted=not args.plain)
+        warn_of_unknown_words(texts, not args.plain, taught_words(loras))
 
     device, dtype = pick_device(args.device, args.dtype)
     memory = memory_flags.resolve(memory, device, dtype)
@@ -276,10 +280,17 @@ def read_prompts(path: Path) -> list[str]:
 def read_lines(path: Path) -> list[tuple[int, str]]:
     """The lines of a text file that are not empty, with their numbers from 1."""
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        with path.open("rb") as file:
+            raw = file.read(LONGEST_PROMPTS + 1)
+        lines = raw.decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = "not a text file" if isinstance(error, UnicodeDecodeError) else error.strerror
         raise UserError(f"cannot read the prompts in {path}: {reason}") from error
+    if len(raw) > LONGEST_PROMPTS:
+        raise UserError(
+            f"cannot read the prompts in {path}: more than {LONGEST_PROMPTS:,} bytes; share them"
+            " out among several files"
+        )
     return [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -314,14 +325,17 @@ def words_of(prompt: str) -> str:
     return " ".join(part.text for section in parse(prompt).sections for part in section)
 
 
-def warn_of_unknown_words(prompts: Sequence[str], weighted: bool = False) -> None:
-    """Name on stderr the words that the bundled model never learnt, with the nearest it knows."""
+def warn_of_unknown_words(
+    prompts: Sequence[str], weighted: bool = False, taught: Collection[str] = ()
+) -> None:
+    """Name on stderr the words that the bundled model never learnt, with the nearest it knows, but
+    for those that LoRAs have `taught` it."""
     from difflib import get_close_matches
 
     from ldm_pipeline.data.world import VOCABULARY
 
     prompts = [words_of(prompt) for prompt in prompts] if weighted else prompts
-    known = {word.lower() for word in VOCABULARY}
+    known = {word.lower() for word in VOCABULARY} | {*taught}
     words = dict.fromkeys(word for p in prompts for word in re.findall(r"[^\W\d_]+", p.lower()))
     for word in words:
         if word not in known:
@@ -378,6 +392,21 @@ def open_adapted(
         return pipeline.arrange(memory, device)
 
 
+@contextmanager
+def in_numbers(job: Job) -> Iterator[None]:
+    """Raise `UserError` where pixels are to be made of what is no number, instead of a warning."""
+    import numpy as np
+
+    try:
+        with np.errstate(invalid="raise"):
+            yield
+    except FloatingPointError as error:
+        raise UserError(
+            f"{job.prompt!r} with seed {job.seed} gave no picture, but values that are not numbers;"
+            " lower --guidance and the weights of --lora, or draw with --dtype float32"
+        ) from error
+
+
 def draw(
     pipeline: LatentDiffusionPipeline,
     jobs: Sequence[Job],
@@ -389,7 +418,7 @@ def draw(
     for k, job in enumerate(jobs):
         if len(jobs) > 1:
             say(f"{k + 1}/{len(jobs)} {job.prompt}")
-        with in_memory("while a picture was drawn", SMALLER):
+        with in_memory("while a picture was drawn", SMALLER), in_numbers(job):
             result = pipeline(
                 job.prompt,
                 negative_prompt=args.negative,

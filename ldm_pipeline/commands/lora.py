@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from ldm_pipeline.commands.adapters import read_loras
 from ldm_pipeline.commands.kinds import REQUIRED, Kind, declare, run_kind
 from ldm_pipeline.commands.lora_info import describe
-from ldm_pipeline.commands.outputs import check_folder, check_weights
+from ldm_pipeline.commands.outputs import check_weights
 from ldm_pipeline.commands.sources import find
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.lora.files import LAYOUTS, inspect, load_whole, save
@@ -103,7 +103,7 @@ def merge(args: argparse.Namespace) -> None:
         for flag in ("to", "base", "dtype", "model"):
             if getattr(args, flag) is not None:
                 raise UserError(f"--{flag} does not go together with --into, which writes a model")
-        check_folder(args.out)
+        check_weights(args.out, folder=True)
         target = _base(args.into)
         assert target is not None
 

@@ -207,6 +207,8 @@ def parse(config: type[Config], argv: Sequence[str] | None = None) -> Config:
                 raise UserError(f"--{key} needs a value")
             value = arguments.pop(0)
         if key == "config":
+            if source is not None:
+                raise UserError(f"--config is there twice, {source} and {value}; keep one of them")
             source, values = value, read_yaml(Path(value))
         else:
             overrides.append((key, value))
@@ -249,6 +251,8 @@ def validated(
         first = max(same, key=lambda one: len(one["loc"]))
         if any(key == asked or key.startswith(f"{asked}.") for asked in overridden):
             source = "command line"
+        elif any(asked.startswith(f"{key}.") for asked in overridden):
+            source = f"{source} with the command line"
         if first["type"] == "extra_forbidden":
             strange = [repr(one["loc"][0]) for one in errors if _is_strange(one)]
             if len(strange) > 2:

@@ -94,7 +94,7 @@ def origin(model: str, family: Family, samples: Sequence[Sample]) -> dict[str, s
 def shared_words(captions: Sequence[str]) -> str:
     """The words of the first caption that are in every other one, too."""
     first, *others = [WORD.findall(caption) for caption in captions] or [[]]
-    return " ".join(word for word in first if all(word in other for other in others))
+    return " ".join(word for word in dict.fromkeys(first) if all(word in other for other in others))
 
 
 def record(config: AdapterConfig, samples: int, updates: int) -> dict[str, str]:

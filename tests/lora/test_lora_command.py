@@ -262,6 +262,7 @@ REFUSED = {
     "merge a.safetensors:nan --out x.safetensors": "is nan",
     "merge a.safetensors:x --out x.safetensors": "no weight",
     "merge a.safetensors --into . --to kohya --out x": "--to does not go together with --into",
+    "merge a.safetensors --into . --out x.safetensors": "is a folder, not a .safetensors file",
     "resize a.safetensors --out x.safetensors": "--rank 8, or --energy",
     "resize a.safetensors --rank 0 --out x.safetensors": "--rank=0",
     "resize a.safetensors --energy 1.5 --out x.safetensors": "--energy=1.5",

@@ -194,6 +194,14 @@ IN_AN_ADAPTER_S = {
     "below a pattern": (["--lora.overrides", "{q: {rnk: 3}}"], "did you mean 'rank'?"),
     "in two sections": (["--steps", "3"], "did you mean 'run.steps' or 'pictures.steps'?"),
     "misspelt and so missing": (["--data.sorce", "s"], "did you mean 'source'?"),
+    "one file after another": (
+        ["--config", str(CONFIGS / "lora_tiny.yaml"), "--config", "other.yaml"],
+        "lora_tiny.yaml and other.yaml; keep one of them",
+    ),
+    "against what a file says": (
+        ["--config", str(CONFIGS / "lora_tiny.yaml"), "--data.resolution", "100"],
+        "lora_tiny.yaml with the command line: data: width=100 must be a multiple of 8",
+    ),
     "another training's": (
         ["--config", str(CONFIGS / "unet_tiny.yaml")],
         "'text', 'train_text_encoder', 'layout_weight', 'words_weight'; is it the configuration of",

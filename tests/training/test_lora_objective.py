@@ -33,7 +33,7 @@ from ldm_pipeline.training import checkpoint
 from ldm_pipeline.training.captioned import Captioned, Sample
 from ldm_pipeline.training.engine import Interrupted, fit
 from ldm_pipeline.training.lora import LoraConfig, LoraObjective
-from ldm_pipeline.training.lora_export import origin
+from ldm_pipeline.training.lora_export import origin, shared_words
 from ldm_pipeline.training.objective import Batch
 from tests.training import laws
 from tests.training.conftest import captioned
@@ -350,6 +350,10 @@ def test_every_format_draws_what_was_trained(folder: Path, opened: Counted, tiny
     assert float(texts["ss_learning_rate"]) == 1e-2
     counts = json.loads(texts["ss_tag_frequency"])["captions"]
     assert (counts["red"], counts["blue"], len(counts)) == (6, 6, 8), "the held-out one is not seen"
+
+
+def test_a_word_that_all_captions_share_is_told_once() -> None:
+    assert shared_words(["a red cactus left of a star", "a cactus"]) == "a cactus"
 
 
 def test_a_header_says_which_model_but_not_where_it_lies(
