@@ -186,7 +186,8 @@ def run(args: argparse.Namespace) -> None:
         recipe = replace(recipe, origin=origin)
     pipeline.set_progress_bar_config(disable=args.quiet or len(jobs) > 1 or not sys.stderr.isatty())
     sampler = args.sampler or ("lcm" if args.lcm else "the model's sampler")
-    say(f"seed {seed}, {args.steps} steps, {sampler}, {device} {dtype}")
+    steps = "1 step" if args.steps == 1 else f"{args.steps} steps"
+    say(f"seed {seed}, {steps}, {sampler}, {device} {dtype}")
     began = time.perf_counter()
     drawn = draw(pipeline, jobs, args, given, say)
     if args.grid:

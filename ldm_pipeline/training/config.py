@@ -222,7 +222,10 @@ def read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = _from_yaml(path.read_text(encoding="utf-8"), f"{path}:")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: cannot be read ({error})") from error
+        why = error.strerror if isinstance(error, OSError) else "not a text file"
+        raise UserError(f"--config {path}: cannot be read ({why})") from error
+    if values is None:
+        raise UserError(f"{path}: is empty; it must hold sections with keys")
     if not isinstance(values, dict):
         raise UserError(f"{path}: must hold sections with keys, not {type(values).__name__}")
     return values

@@ -161,7 +161,7 @@ IN_A_FILE = {
     "nothing near": ("run: {out: x, zzz: 1}", "known: "),
     "wrong range": ("run: {out: x, batch_size: 0}", "run.batch_size=0: "),
     "no mapping": ("- 1\n- 2", "must hold sections with keys, not list"),
-    "nothing": ("", "must hold sections with keys, not NoneType"),
+    "nothing": ("", "is empty; it must hold sections with keys"),
     "no YAML": ("run: {out: x", "is not YAML"),
     "an object": ("run: !!python/object/apply:os.getcwd []", "is not YAML"),
     "a number as key": ("run: {out: x}\n1: 2", "1"),
@@ -230,7 +230,7 @@ def test_keys_may_be_merged_into_a_mapping_that_has_them(tmp_path: Path) -> None
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "some.yaml").write_bytes(b"\xff\xfe\x00run")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="not a text file"):
         parse(TrainingConfig, ["--config", str(tmp_path / "some.yaml")])
 
 
