@@ -154,8 +154,7 @@ class AdapterObjective(nn.Module, ABC):
             texts = [*texts, *config.pictures.prompts, config.pictures.negative]
             self.texts = cached_texts(texts, data.cache, self.conditioning, share)
         for part in [pipe.vae, *encoders.values()] if self.texts is not None else [pipe.vae]:
-            # They have said all that training asks. (diffusers' own `to` warns of an empty list.)
-            nn.Module.to(part, "cpu", dtype=self.unet.dtype)
+            nn.Module.to(part, "cpu", dtype=self.unet.dtype)  # diffusers' own warns of empty lists
         models: dict[str, nn.Module] = {"unet": self.unet}
         for name, encoder in encoders.items():
             if train_texts:
