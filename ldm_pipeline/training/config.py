@@ -187,6 +187,9 @@ class TrainingConfig(Settings):
 
 Config = TypeVar("Config", bound=TrainingConfig)
 
+COMMAND_LINE = "command line"
+"""Where values are from that no file holds."""
+
 
 def parse(config: type[Config], argv: Sequence[str] | None = None) -> Config:
     """The configuration that a command line describes; raises UserError with the key to change."""
@@ -214,7 +217,7 @@ def parse(config: type[Config], argv: Sequence[str] | None = None) -> Config:
             overrides.append((key, value))
     for key, value in overrides:
         _put(values, key, _value(config, key, value))
-    return validated(config, values, source or "command line", {key for key, _ in overrides})
+    return validated(config, values, source or COMMAND_LINE, {key for key, _ in overrides})
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -253,8 +256,8 @@ def validated(
         same = [one for one in errors if _key(config, one["loc"]) == key]
         first = max(same, key=lambda one: len(one["loc"]))
         if any(key == asked or key.startswith(f"{asked}.") for asked in overridden):
-            source = "command line"
-        elif any(asked.startswith(f"{key}.") for asked in overridden):
+            source = COMMAND_LINE
+        elif source != COMMAND_LINE and any(asked.startswith(f"{key}.") for asked in overridden):
             source = f"{source} with the command line"
         if first["type"] == "extra_forbidden":
             strange = [repr(one["loc"][0]) for one in errors if _is_strange(one)]

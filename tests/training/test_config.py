@@ -198,6 +198,10 @@ IN_AN_ADAPTER_S = {
         ["--config", str(CONFIGS / "lora_tiny.yaml"), "--config", "other.yaml"],
         "lora_tiny.yaml and other.yaml; keep one of them",
     ),
+    "in a section of no file": (
+        ["--data.resolution", "100"],
+        "command line: data: resolution=100 must be",
+    ),
     "against what a file says": (
         ["--config", str(CONFIGS / "lora_tiny.yaml"), "--data.resolution", "100"],
         "lora_tiny.yaml with the command line: data: width=100 must be a multiple of 8",
@@ -217,6 +221,7 @@ def test_mistakes_in_the_configuration_of_an_adapter(case: str) -> None:
     with pytest.raises(UserError) as caught:
         parse(LoraConfig, [*arguments, *OUT, *source])
     assert said in str(caught.value)
+    assert "command line with" not in str(caught.value)
     assert "Input" not in str(caught.value)
     assert "\n" not in str(caught.value)
 
