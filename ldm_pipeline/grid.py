@@ -22,20 +22,31 @@ LINE = 18
 PAPER, INK = (255, 255, 255), (34, 34, 34)
 
 
+def columns_for(prompts: int, n: int) -> int:
+    """Columns of a grid of `n` pictures of each prompt: a row for each prompt where there are
+    several of both, else the smallest number that makes it at least as wide as high in cells."""
+    return n if prompts > 1 and n > 1 else math.ceil(math.sqrt(prompts * n))
+
+
+def least_height(prompts: int, n: int) -> int:
+    """Pixels that such a grid is high at least, whatever its pictures' size."""
+    return math.ceil(prompts * n / columns_for(prompts, n)) * SMALLEST_CELL
+
+
 def captioned_grid(
     pictures: Sequence[Image], captions: Sequence[str], columns: int | None = None
 ) -> Image:
     """One RGB picture showing `pictures` row by row, each above its caption.
 
-    `columns` defaults to the smallest number that makes the grid at least as wide as high in
-    cells. All pictures must have the size of the first. The same input gives the same pixels.
+    `columns` defaults to those for one picture of each prompt. All pictures must have the size of
+    the first. The same input gives the same pixels.
     """
     from PIL import Image as Images
     from PIL import ImageDraw, ImageFont
 
     assert pictures, "a grid needs at least one picture"
     assert len(pictures) == len(captions), "one caption for each picture"
-    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    columns = columns or columns_for(len(pictures), 1)
     rows = math.ceil(len(pictures) / columns)
     factor = math.ceil(SMALLEST_CELL / pictures[0].width)
     width, height = pictures[0].width * factor, pictures[0].height * factor

@@ -38,6 +38,9 @@ QUALITY: dict[str, dict[str, Any]] = {
     "JPEG": {"quality": 95, "subsampling": 0},
 }
 
+LONGEST_SIDE = {"WEBP": 16_383, "JPEG": 65_500}
+"""Pixels that a format can hold in one direction."""
+
 LONGEST_EXIF = 65_000
 """Bytes; a JPEG's segment holds 65,533, some of which are names and lengths."""
 
@@ -53,9 +56,16 @@ def format_of(path: Path) -> str:
         raise UserError(f"cannot write {path}: give it a name that ends in {ENDINGS}") from None
 
 
-def check_fits(path: Path, recipe: Recipe) -> None:
-    """Raise `UserError` where the file at `path` cannot hold so long a recipe."""
-    if format_of(path) == "JPEG" and len(_note(recipe)) + len(_comment(recipe)) > LONGEST_EXIF:
+def check_fits(path: Path, recipe: Recipe, height: int = 0) -> None:
+    """Raise `UserError` where the file at `path` cannot hold so long a recipe, or so many pixels
+    in height."""
+    kind = format_of(path)
+    if height > LONGEST_SIDE.get(kind, height):
+        raise UserError(
+            f"cannot write {path}: so many pictures make a grid of {height} pixels in height, and"
+            f" a {kind} holds {LONGEST_SIDE[kind]}; give it a name that ends in .png"
+        )
+    if kind == "JPEG" and len(_note(recipe)) + len(_comment(recipe)) > LONGEST_EXIF:
         raise UserError(
             f"cannot write {path}: the prompts are too long for what a JPEG holds besides its"
             " pixels; give it a name that ends in .png or .webp"
@@ -80,6 +90,8 @@ def save_picture(picture: Image, path: Path, recipe: Recipe) -> None:
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe inside the picture at `path`; `UserError` where there is none."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name one picture in it")
     if not path.is_file():
         raise UserError(f"no such picture: {path}")
     from PIL import Image, UnidentifiedImageError

@@ -24,7 +24,7 @@ from PIL import Image
 from ldm_pipeline.cli import COMMANDS, main
 from ldm_pipeline.commands import adapters, dataset, evaluate, generate, info, lora
 from ldm_pipeline.commands.kinds import REQUIRED
-from ldm_pipeline.grid import captioned_grid
+from ldm_pipeline.grid import captioned_grid, columns_for, least_height
 from ldm_pipeline.metadata import Recipe
 from ldm_pipeline.models import bundled
 from tests.conftest import tiny_small_vae
@@ -108,6 +108,7 @@ REFUSED = {
     "generate --prompts bytes.txt": "bytes.txt",
     "generate": "nothing to draw",
     "show nowhere.png": "nowhere.png",
+    "show .": ". is a folder; name one picture in it",
     "show": "picture",
     "info nowhere": "nowhere",
     "info damaged.safetensors": "damaged.safetensors",
@@ -447,6 +448,16 @@ def test_prompts_too_long_for_a_jpeg_are_refused_before_a_model_loads(
     assert "too long" in err
 
 
+def test_a_grid_too_high_for_its_format_is_refused_before_a_model_loads(
+    ldm: Ldm, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generate, "open_pipeline", lambda *_: pytest.fail("loaded"))
+    words = ["generate", "x", "--grid", "--n", "6000", "--model", str(model), "-o", "a.webp"]
+    code, out, err = ldm(*words)
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert "a WEBP holds 16383; give it a name that ends in .png" in err
+
+
 def test_every_picture_of_a_batch_has_its_own_command(ldm: Ldm, model: Path) -> None:
     words = ["generate", "a red star", "--model", str(model), "--steps", "2", "--n", "3"]
     code, out, _ = ldm(*words, "--seed", "5", "--sampler", "ddpm", "-o", "a.png")
@@ -586,6 +597,16 @@ def test_a_grid_shows_every_picture_and_never_overlaps() -> None:
     counts = {colour: count for count, colour in grid.getcolors(1 << 24) or []}
     # The enlargement is a whole factor, here 2, so each picture fills four times its pixels.
     assert [counts.get(colour) for colour in colours] == [4 * 128 * 64] * 5
+
+
+@pytest.mark.parametrize(("prompts", "n", "columns"), [(5, 1, 3), (1, 5, 3), (4, 5, 5), (1, 1, 1)])
+def test_the_height_that_a_grid_has_at_least_is_below_its_own(
+    prompts: int, n: int, columns: int
+) -> None:
+    assert columns_for(prompts, n) == columns
+    pictures = [Image.new("RGB", (256, 224))] * (prompts * n)
+    grid = captioned_grid(pictures, [""] * len(pictures), columns)
+    assert 0.8 * grid.height < least_height(prompts, n) < grid.height
 
 
 # --lora -------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ one of a hundred. Each file appears complete or not at all, as soon as it is dra
 from __future__ import annotations
 
 import argparse
-import math
 import re
 import secrets
 import sys
@@ -41,6 +40,7 @@ from ldm_pipeline.commands.steps import (
     settle_steps,
 )
 from ldm_pipeline.errors import UserError, choose
+from ldm_pipeline.grid import captioned_grid, columns_for, least_height
 from ldm_pipeline.memory import Memory
 from ldm_pipeline.metadata import Recipe, installed_versions
 from ldm_pipeline.models.prompt_syntax import parse
@@ -179,7 +179,10 @@ def run(args: argparse.Namespace) -> None:
     )
     output = check_output(args, prompts, seed)
     longest = replace(recipe, prompts=(max(prompts, key=len),))
-    check_fits(output, recipe if args.grid else longest)
+    if args.grid:
+        check_fits(output, recipe, least_height(len(prompts), args.n))
+    else:
+        check_fits(output, longest)
     pipeline = open_adapted(source, device, dtype, loras, decoder, memory)
     if given is not None:
         origin = pictures.settled(given.origin, pipeline.request_class.tasks)
@@ -437,11 +440,8 @@ def draw(
 
 
 def write_grid(drawn: Sequence[Image], jobs: Sequence[Job], recipe: Recipe, output: Path) -> None:
-    """Write one captioned grid: a row for each prompt where each has several pictures."""
-    from ldm_pipeline.grid import captioned_grid
-
-    several = len(recipe.prompts) > 1 and recipe.n > 1
-    columns = recipe.n if several else math.ceil(math.sqrt(len(jobs)))
+    """Write one captioned grid."""
+    columns = columns_for(len(recipe.prompts), recipe.n)
     seeds = recipe.n > 1
     captions = [f"{job.prompt} (seed {job.seed})" if seeds else job.prompt for job in jobs]
     size = (drawn[0].height, drawn[0].width)

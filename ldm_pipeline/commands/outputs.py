@@ -8,6 +8,9 @@ from ldm_pipeline.errors import UserError
 from ldm_pipeline.picture_files import format_of
 from ldm_pipeline.replacing import temporary_name
 
+PICKLED = (".bin", ".ckpt", ".pt", ".pth")
+"""Endings of weights as torch pickles them: no folder is meant by such a name."""
+
 
 def check_picture(path: Path) -> Path:
     """`path`, if a picture can be written there; else a `UserError` that says why not.
@@ -37,6 +40,10 @@ def check_folder(path: Path) -> Path:
 def check_weights(path: Path, *, folder: bool) -> Path:
     """`path`, if weights can be written there, else a `UserError`: a file, which must be new, or
     a folder; `folder` says that it has to be one."""
+    if path.suffix in PICKLED:
+        raise UserError(
+            f"cannot write {path}: weights are written as .safetensors only, alone or in a folder"
+        )
     if path.suffix != ".safetensors":
         return check_folder(path)
     if folder:

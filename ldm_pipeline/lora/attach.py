@@ -79,8 +79,7 @@ def put(
         weights = completed(load(path), base)
         found = fit(weights, models)
         if not found:
-            told = f"{path} does not fit this model: {found}; another model's LoRA?"
-            raise UserError(refusal or told)
+            raise UserError(refusal or found.refusal(path))
         loaded.append(weights)
     names = _free_names(models, len(files))
     active = _active(models)

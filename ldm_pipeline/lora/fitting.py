@@ -55,6 +55,13 @@ class Fit:
             counts.append(f"{total} {kind}{examples}")
         return ", ".join(counts)
 
+    def refusal(self, path: object) -> str:
+        """Why the file at `path` cannot be used: with one key in ten wrong at most, it is hardly
+        another model's, but damaged."""
+        wrong = len(self.missing) + len(self.unexpected) + len(self.misshapen)
+        guess = "a damaged file?" if 10 * wrong <= self.matched else "another model's LoRA?"
+        return f"{path} does not fit this model: {self}; {guess}"
+
     def unmatched(self) -> list[str]:
         """A line for each key that does not fit, with the nearest module that does exist."""
         return [

@@ -60,7 +60,7 @@ class Fused:
             weights = completed(load(path), lambda c, n: self._base(modules, c, n))
             found = fit(weights, self._models)
             if not found:
-                raise UserError(f"{path} does not fit this model: {found}; another model's LoRA?")
+                raise UserError(found.refusal(path))
             loras.append((weights, weight))
         wanted = {place for weights, weight in loras if weight for place in weights.modules()}
         for place in self._kept.keys() | wanted:

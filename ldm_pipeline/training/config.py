@@ -269,7 +269,8 @@ def validated(
             hint = _hint(config, first["loc"])
             raise UserError(f"{source}: unknown key {key!r} ({hint})") from error
         if first["type"] == "missing":
-            raise UserError(f"{source}: {key!r} is missing") from error
+            hint = "; --config FILE reads it from a file" if source == COMMAND_LINE else ""
+            raise UserError(f"{source}: {key!r} is missing{hint}") from error
         value, deeper = first["input"], isinstance(first["input"], dict)
         told = key if deeper else f"{key}={value!r}"
         whys = [_why(one) for one in same if len(one["loc"]) == len(first["loc"])]

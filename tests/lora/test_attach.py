@@ -10,11 +10,12 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 
 from ldm_pipeline import LatentDiffusionPipeline
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.attach import attach, networks
-from ldm_pipeline.lora.files import save
+from ldm_pipeline.lora.files import inspect, save
 from ldm_pipeline.lora.inject import inject
 from ldm_pipeline.lora.targets import LoraSettings
 from tests.lora.conftest import KINDS
@@ -151,7 +152,18 @@ def test_a_file_that_does_not_fit_changes_nothing(
     assert "0 missing, 0 unexpected" in told
     # A and B of proj_in and of attn2, but for the two A that words come in at.
     assert f"{2 + 8 - 2} of another shape" in told
+    assert told.endswith("another model's LoRA?")
     assert "\n" not in told
+
+
+def test_a_file_with_one_tensor_cut_is_called_damaged(pipe: Any, make: Any, tmp_path: Path) -> None:
+    good = make("good")
+    tensors = load_file(good)
+    key = min(tensors)
+    tensors[key] = tensors[key][:, :-1].contiguous()
+    save_file(tensors, tmp_path / "cut.safetensors", metadata=dict(inspect(good).texts))
+    with pytest.raises(UserError, match=r"cut\.safetensors does not fit.*; a damaged file\?$"):
+        attach(pipe, [(tmp_path / "cut.safetensors", 1.0)])
 
 
 def test_a_pipeline_without_a_text_encoder_refuses_its_keys(tiny: Build, make: Any) -> None:

@@ -256,6 +256,7 @@ REFUSED = {
     "convert a.safetensors --to diffusers --out no/where.safetensors": "no folder no",
     "convert a.safetensors --to diffusers --dtype float8 --out x.safetensors": "--dtype='float8'",
     "convert b.safetensors --to diffusers --out x.safetensors": "nothing tells this file's; say",
+    "convert a.safetensors --to diffusers --out x.pt": "as .safetensors only, alone or in a folder",
     "convert nowhere --to kohya --out x.safetensors": "there is no LoRA file nowhere",
     "info a.safetensors --rank 3": "takes no --rank",
     "info a.safetensors --model nowhere": "nowhere",

@@ -114,7 +114,7 @@ ON_THE_COMMAND_LINE = {
     "a word": (["steps"], "'steps' is no option"),
     "no value": (["--run.steps"], "--run.steps needs a value"),
     "no file": (["--config", "absent.yaml"], "absent.yaml: cannot be read"),
-    "missing key": ([], "'run' is missing"),
+    "missing key": ([], "'run' is missing; --config FILE reads it from a file"),
     "missing inner key": (["--run.steps", "1"], "'run.out' is missing"),
     "unknown key": ([*OUT, "--optimiser.learning_rat", "1"], "unknown key"),
     "section for a value": ([*OUT, "--run.steps=1", "--run.steps.more=1"], "'steps' is a value"),
