@@ -9,10 +9,12 @@ Legend
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
@@ -20,9 +22,12 @@ from torch import Tensor
 
 from ldm_pipeline.diffusion.noise import Noise
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.images import opened
 from ldm_pipeline.models.autoencoder import Autoencoder, draws_noise, sample, tiled
 from ldm_pipeline.randomness import SharedNoise, first_rows
 from ldm_pipeline.request import Request
+
+logger = logging.getLogger(__name__)
 
 EDGE = 1.002
 """How large a value of `pixels` may be: what rounding adds to 1 is no mistake."""
@@ -112,7 +117,7 @@ class Canvas:
         )
         if not keep:
             return laid
-        painted = self.mask_picture.convert("L").point(lambda level: 255 * (level >= HALF))
+        painted = _black_or_white(self.mask_picture)
         return Image.composite(laid, self.picture, painted)
 
 
@@ -129,12 +134,13 @@ def open_canvas(
     """
     height, width = size
     how: dict[str, Any] = {"height": height, "width": width}
+    pictures, masks = (_readable(name, getattr(request, name)) for name in ("image", "mask_image"))
     if (pad := request.padding_mask_crop) is not None:
-        picture, mask = _whole(request.image, request.mask_image)
+        picture, mask = _whole(pictures, masks)
         box = mask_processor.get_crop_region(mask, width, height, pad=pad)
         how |= {"crops_coords": box, "resize_mode": "fill"}
-    image = _tensor("image", processor, _coloured(request.image), how)
-    given = request.image[0] if isinstance(request.image, list | tuple) else request.image
+    image = _tensor("image", processor, pictures, how)
+    given = pictures[0] if isinstance(pictures, list) else pictures
     channels = processor.config.vae_latent_channels
     encoded = isinstance(given, Tensor) and image.shape[1] == channels
     if not encoded and image.shape[1] != 3:
@@ -150,9 +156,11 @@ def open_canvas(
     if not request.paints:
         return Canvas(_dealt("image", image, request), encoded)
 
-    mask_tensor = _tensor("mask_image", mask_processor, request.mask_image, how)
+    mask_tensor = _tensor("mask_image", mask_processor, masks, how)
     if mask_tensor.shape[1] != 1:
         raise UserError(f"mask_image has {mask_tensor.shape[1]} channels; pass one of 1 channel")
+    if not (mask_tensor >= 0.5).any():
+        logger.warning("mask_image paints nothing: no pixel is lighter than half of white")
     if encoded and request.keep_unmasked:
         raise UserError("keep_unmasked needs the picture's pixels; image holds latents")
     rows = {image.shape[0], mask_tensor.shape[0]}
@@ -206,36 +214,51 @@ def _whole(image: Any, mask: Any) -> tuple[Image.Image, Image.Image]:
             f"padding_mask_crop needs a mask of the picture's size: image is {_size(image)},"
             f" mask_image {_size(mask)}"
         )
-    if mask.convert("L").getbbox() is None:
+    if _black_or_white(mask).getbbox() is None:
         raise UserError("mask_image is black: there is nothing to paint, and no part to cut out")
-    return image.convert("RGB"), mask
+    return image, mask
+
+
+def _black_or_white(mask: Image.Image) -> Image.Image:
+    """A mask as it is painted: what is lighter than half of white is white, all else black."""
+    return mask.convert("L").point(lambda level: 255 * (level >= HALF))
 
 
 def _size(picture: Image.Image) -> str:
     return f"{picture.width}x{picture.height}"
 
 
-def _coloured(images: Any) -> Any:
-    """`images` with every picture among them in RGB."""
-    if isinstance(images, Image.Image):
-        return images.convert("RGB")
-    if isinstance(images, list | tuple):
-        return [_coloured(image) for image in images]
-    return images
+def _readable(name: str, given: Any) -> Any:
+    """`given` as stock's processors read it: an `image` in RGB, no more than 8 bits a channel, and
+    for a mask of True and False the numbers 1 and 0."""
+    if isinstance(given, list | tuple):
+        return [_readable(name, each) for each in given]
+    if isinstance(given, Image.Image):
+        picture = opened(name, given)
+        return picture.convert("RGB") if name == "image" else picture
+    if isinstance(given, np.ndarray) and given.dtype == bool:
+        return given.astype(np.float32)
+    if isinstance(given, Tensor) and given.dtype == torch.bool:
+        return given.float()
+    return given
 
 
 def _tensor(name: str, processor: VaeImageProcessor, images: Any, how: dict[str, Any]) -> Tensor:
     """[N, C, H, W] of whatever stock pipelines take; `UserError` for anything else."""
+    if name == "mask_image" and isinstance(images, np.ndarray) and images.shape[2:] in ((3,), (4,)):
+        raise UserError(f"mask_image has {images.shape[2]} channels; pass one of 1 channel")
     try:
         made: Tensor = processor.preprocess(images, **how)
     except (ValueError, TypeError, IndexError, RuntimeError) as error:
         listed = images if isinstance(images, list) else [images]
-        shapes = [str(tuple(each.shape)) for each in listed if hasattr(each, "shape")]
-        why = f"shape {', '.join(shapes)}" if shapes else " ".join(str(error).split())
+        shapes = [f"{each.dtype} {tuple(each.shape)}" for each in listed if hasattr(each, "shape")]
+        kinds = {type(each).__name__ for each in listed}
+        why = f"a list of {' and '.join(sorted(kinds))}" if len(kinds) > 1 else ", ".join(shapes)
+        why = why or " ".join(str(error).split())
         channels = 3 if name == "image" else 1
         raise UserError(
             f"{name} cannot be read: {why}; pass a PIL.Image, an array [H, W, {channels}] or a"
-            f" tensor [{channels}, H, W] in [0, 1], or a list or a batch of them"
+            f" tensor [{channels}, H, W] of floats in [0, 1], or a list or a batch of one kind"
         ) from error
     if made.ndim != 4 or 0 in made.shape:
         raise UserError(f"{name} is too small: {tuple(made.shape)}")

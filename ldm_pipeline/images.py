@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.values import as_whole
+from ldm_pipeline.values import WIDE_MODES, as_whole, shown
 
 
 def to_output(images: Tensor, output_type: str, already: Sequence[bool] | None = None) -> Any:
@@ -43,11 +43,33 @@ def to_pictures(array: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(page.squeeze(-1) if page.shape[-1] == 1 else page) for page in bytes_]
 
 
+def opened(name: str, picture: Any) -> Image.Image:
+    """`picture` with its pixels in memory, in at most 8 bits a channel.
+
+    Raises `UserError` for what is no picture or a damaged one, and for pixels of the kinds I and F,
+    whose range nothing tells.
+    """
+    if not isinstance(picture, Image.Image):
+        raise UserError(f"{name} must be a PIL.Image, not {type(picture).__name__}")
+    try:
+        picture.load()
+    except (OSError, ValueError, SyntaxError) as error:
+        raise UserError(f"{name} cannot be read: {shown(str(error))}") from error
+    if picture.mode in WIDE_MODES:
+        return Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+    if picture.mode in ("I", "F"):
+        raise UserError(
+            f"{name} has pixels of the kind {picture.mode}, and nothing tells which of them is"
+            " white; pass it in grey (L) or RGB"
+        )
+    return picture
+
+
 def to_tensor(pictures: Image.Image | np.ndarray | Sequence[Image.Image]) -> Tensor:
     """`images` [B, 3, H, W] in [-1, 1] of RGB pictures, or of a uint8 array [(B,) H, W, 3].
 
-    Transparent and grey pictures are turned into RGB. Raises `UserError` for other kinds, and
-    where the pictures of a list differ in size.
+    Transparent and grey pictures are turned into RGB. Raises `UserError` for other kinds (see
+    `opened`), and where the pictures of a list differ in size.
     """
     if isinstance(pictures, np.ndarray):
         if pictures.dtype != np.uint8 or pictures.shape[-1] != 3 or pictures.ndim not in (3, 4):
@@ -57,7 +79,8 @@ def to_tensor(pictures: Image.Image | np.ndarray | Sequence[Image.Image]) -> Ten
             )
         pages = pictures if pictures.ndim == 4 else pictures[None]
     else:
-        listed = [pictures] if isinstance(pictures, Image.Image) else list(pictures)
+        given = pictures if isinstance(pictures, list | tuple) else [pictures]
+        listed = [opened("picture", each) for each in given]
         if len({picture.size for picture in listed}) != 1:
             raise UserError(f"pictures of one batch must have one size, not {_sizes(listed)}")
         pages = np.stack([np.asarray(picture.convert("RGB")) for picture in listed])
@@ -81,10 +104,8 @@ def grown(
     the picture, for sides that are to be cut off again. Raises `UserError` for what is no picture,
     a mask of another size, and sides that are no whole numbers of at least 0.
     """
-    given: dict[str, Any] = {"picture": picture} | ({} if mask is None else {"mask": mask})
-    for name, image in given.items():
-        if not isinstance(image, Image.Image):
-            raise UserError(f"{name} must be a PIL.Image, not {type(image).__name__}")
+    picture = opened("picture", picture)
+    mask = None if mask is None else opened("mask", mask)
     if mask is not None and mask.size != picture.size:
         raise UserError(f"picture and mask must have one size, not {_sizes([picture, mask])}")
     for name, side in {"left": left, "top": top, "right": right, "bottom": bottom}.items():

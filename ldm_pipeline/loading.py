@@ -35,10 +35,13 @@ from ldm_pipeline.stock_arguments import (
     heard,
     of_a_file,
 )
-from ldm_pipeline.values import DTYPES, check_path
+from ldm_pipeline.values import DTYPES, check_path, shown
 
 Dtypes = torch.dtype | str | Mapping[str, torch.dtype | str]
 """A dtype, torch's or its name, or one for each component and "default" for the rest."""
+
+WEIGHED = ("unet", "vae", "text_encoder", "text_encoder_2", "image_encoder", "safety_checker")
+"""The components that have weights, and so a dtype."""
 
 
 class FolderPipeline(DiffusionPipeline):
@@ -237,6 +240,10 @@ class FolderPipeline(DiffusionPipeline):
         Unless a `dtype` is given the weights keep theirs: they are the other pipeline's too. (Stock
         makes them float32.) Raises `UserError` for a component that no such pipeline has.
         """
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise UserError(
+                f"pipeline={shown(pipeline)} must be a pipeline that is loaded; load opens a folder"
+            )
         known, optional = cls._get_signature_keys(cls)
         for name in components:
             choose("component", name, known)
@@ -252,6 +259,11 @@ class FolderPipeline(DiffusionPipeline):
         """Stock's, with its arguments. Raises `UserError` where weights were rounded: folders hold
         whole ones, of which rounded ones are soon made."""
         unet = self.components.get("unet")
+        check_path("save_directory", save_directory)
+        if not os.fspath(save_directory) or Path(save_directory).is_file():
+            raise UserError(
+                f"save_directory={shown(save_directory)} must be a folder, or a new one"
+            )
         if unet is not None and (kind := quantised(unet)) != "none":
             raise UserError(f"the UNet's weights were rounded to {kind}, and are not saved so")
         super().save_pretrained(save_directory, *told, **named)
@@ -273,6 +285,8 @@ def dtypes(
     """The same as `one_dtype`, or what a dictionary says by component."""
     wanted = torch_dtype if dtype is None else dtype
     if isinstance(wanted, Mapping) and (dtype is None or torch_dtype is None):
+        for name in wanted:
+            choose("component of dtype", name, (*WEIGHED, "default"))
         return {name: one_dtype(each, None) for name, each in wanted.items()}
     return one_dtype(dtype, torch_dtype)
 

@@ -122,7 +122,13 @@ class ModelChecks(Drawing):
         staying = request.masked_image_latents
         if staying is not None and tuple(staying.shape[1:]) != shape:
             raise UserError(
-                f"masked_image_latents has shape {tuple(staying.shape)}; each must be {shape}"
+                f"masked_image_latents has shape {tuple(staying.shape)}; it must be"
+                f" [images, {', '.join(map(str, shape))}]"
+            )
+        if staying is not None and (not len(staying) or request.image_count % len(staying)):
+            raise UserError(
+                f"masked_image_latents has {len(staying)} rows for {request.image_count} images;"
+                " pass one for all, or a number that divides them"
             )
         if canvas is not None and canvas.encoded and self._reads_mask and staying is None:
             raise UserError(

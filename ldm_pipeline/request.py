@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import operator
 import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,6 +56,8 @@ SIZE_STEP = 8
 MAX_SIDE, MAX_PIXELS = 2**14, 2**26
 #: Of one prompt; weeks of drawing.
 MAX_IMAGES = 1_000_000
+#: A thousand times what is used; far beyond it numbers overflow.
+MAX_GUIDANCE = 10_000.0
 #: Steps and guidance where nobody names them, with `lcm` and without.
 LCM_STEPS, LCM_GUIDANCE = 4, 1.0
 STEPS, GUIDANCE = 50, 7.5
@@ -103,7 +106,7 @@ class Request:
                                 is the model's own size
     num_inference_steps         at least 1; ignored when `timesteps` or `sigmas` are given
     timesteps, sigmas           custom noise levels, descending; at most one of the two
-    guidance_scale              finite, at least 0; guidance is on above 1
+    guidance_scale              0 to 10,000; guidance is on above 1
     guidance_rescale            0 to 1 (Lin et al. 2305.08891, section 3.4)
     guidance_interval           (lo, hi): the fractions of the run between which guidance acts
     image                       a picture, an array [H, W, 3] or a tensor [3, H, W] in [0, 1], a
@@ -170,6 +173,8 @@ class Request:
     """Every task; which of the inputs that any of them needs are there decides between them."""
 
     def __post_init__(self) -> None:
+        for name in ("weighted", "exact_steps", "keep_unmasked"):
+            check_flag(name, getattr(self, name))
         self._check_words()
         self._check_numbers()
         self._check_randomness()
@@ -179,11 +184,14 @@ class Request:
             raise UserError(
                 f"cross_attention_kwargs={told!r} must be a dictionary, such as {{'scale': 0.8}}"
             )
+        if told is not None and "scale" in told:
+            as_number("cross_attention_kwargs: scale", told["scale"], -math.inf, math.inf)
         if self.sampler is not None:
             choose("sampler", self.sampler, SAMPLER_NAMES)
         if not isinstance(self.lcm, bool | str | os.PathLike):
             raise UserError(f"lcm={self.lcm!r} must be True, False or the path of an adapter")
-        check_flag("weighted", self.weighted)
+        if self.lcm == "":
+            raise UserError("lcm='' names no file; pass True, False or the path of an adapter")
         if self.lcm and self.sampler not in (None, *FEW_STEP_SAMPLERS):
             raise UserError(
                 f"sampler={self.sampler!r} does not go with lcm; leave it out, or choose one of"
@@ -287,9 +295,10 @@ class Request:
         ):
             if text is not None and embeds is not None:
                 raise UserError(f"{name} and {name}_embeds were both passed; pass only one of them")
-            if embeds is not None and len(as_shape(name + "_embeds", embeds)) != 3:
+            shape = (1, 1, 1) if embeds is None else as_shape(name + "_embeds", embeds)
+            if len(shape) != 3 or 0 in shape:
                 raise UserError(
-                    f"{name}_embeds has shape {as_shape(name, embeds)};"
+                    f"{name}_embeds has shape {shape};"
                     " it must be [prompts, tokens, channels], as encode_prompt returns it"
                 )
         if self.prompt is not None:
@@ -344,7 +353,7 @@ class Request:
             )
         if self.clip_skip is not None:
             as_whole("clip_skip", self.clip_skip, 0)
-        as_number("guidance_scale", self.guidance_scale, 0.0, math.inf)
+        as_number("guidance_scale", self.guidance_scale, 0.0, MAX_GUIDANCE)
         as_number("guidance_rescale", self.guidance_rescale, 0.0, 1.0)
         if self.eta is not None:
             as_number("eta", self.eta, 0.0, 1.0)
@@ -368,13 +377,18 @@ class Request:
         if self.seed is not None and self.generator is not None:
             raise UserError("seed and generator were both passed; pass only one of them")
         if self.seed is not None:
-            for seed in self.seed if isinstance(self.seed, list | tuple) else [self.seed]:
-                if as_whole("seed", seed, 0) > MAX_SEED - self.image_count:
-                    raise UserError(f"seed={seed} is too large; it must be below 2**63")
+            told = self.seed if isinstance(self.seed, list | tuple | range) else [self.seed]
+            try:
+                seeds = [as_whole("seed", seed, 0) for seed in told]
+            except UserError as error:
+                raise UserError(f"{error}, or a list of them, one per image") from None
+            if max(seeds, default=0) > MAX_SEED - self.image_count:
+                raise UserError(f"seed={max(seeds)} is too large; it must be below 2**63")
         if self.generator is not None:
             given = self.generator
             for generator in given if isinstance(given, Sequence) else [given]:
-                if not hasattr(generator, "initial_seed"):  # torch is not imported here
+                torch = sys.modules.get("torch")  # where there is a generator, it was imported
+                if torch is None or not isinstance(generator, torch.Generator):
                     raise UserError(
                         f"generator={generator!r} must be a torch.Generator, or a list with one per"
                         " image; a number is passed as seed"
@@ -388,7 +402,7 @@ class Request:
                 )
         if self.latents is not None:
             shape = as_shape("latents", self.latents)
-            if len(shape) != 4 or shape[0] != self.image_count:
+            if len(shape) != 4 or shape[0] != self.image_count or 0 in shape:
                 raise UserError(
                     f"latents has shape {shape}; it must be [{self.image_count}, channels,"
                     " height/8, width/8], one per image"

@@ -137,8 +137,8 @@ def watcher(
         if callback is not None:
             timestep = torch.tensor(int(t) if t.is_integer() else t)
             passed = {name: x if name == "latents" else getattr(run, name) for name in names}
-            changed = callback(pipeline, i, timestep, passed) or {}
-            x = changed.get("latents", x)
+            changed = _returned(callback(pipeline, i, timestep, passed))
+            x = _like(x, changed.get("latents", x))
             for name in pipeline._callback_tensor_inputs[1:]:
                 setattr(run, name, changed.get(name, getattr(run, name)))
         run.steps_done = i + 1
@@ -146,6 +146,29 @@ def watcher(
         return loop.Stop(x) if run.interrupt else x
 
     return watch
+
+
+def _returned(changed: Any) -> Mapping[str, Any]:
+    """What a callback gave back; `UserError` unless that is a dictionary or nothing."""
+    if changed is None:
+        return {}
+    if not isinstance(changed, Mapping):
+        raise UserError(
+            f"callback_on_step_end returned a {type(changed).__name__}; it must return a dictionary"
+            " of tensors, such as {'latents': latents}, or nothing"
+        )
+    return changed
+
+
+def _like(x: Tensor, changed: Any) -> Tensor:
+    """The latents of a callback in place of `x`; `UserError` for those of another shape."""
+    if not isinstance(changed, Tensor) or changed.shape != x.shape:
+        shape = tuple(getattr(changed, "shape", ()))
+        raise UserError(
+            f"callback_on_step_end returned latents of shape {shape}; they must stay"
+            f" {tuple(x.shape)}"
+        )
+    return changed
 
 
 _this_thread = threading.local()

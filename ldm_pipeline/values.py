@@ -17,6 +17,9 @@ DTYPES = ("float32", "bfloat16", "float16")
 LONGEST = 80
 """Letters of a value that a message names."""
 
+WIDE_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N"})
+"""Pillow's names of 16-bit grey; the upper 8 bits of a level are what is read of it."""
+
 Text = str | Sequence[str]
 """One text, or one for each picture."""
 
@@ -50,6 +53,9 @@ def as_texts(name: str, text: Text | None) -> list[str]:
         raise UserError(f"{name}={shown(text)} must be a text or a list of texts")
     if not texts:
         raise UserError(f"{name} is an empty list; pass at least one text")
+    for entry in texts:
+        if any("\ud800" <= letter <= "\udfff" for letter in entry):
+            raise UserError(f"{name}={shown(entry)} holds half a letter (a surrogate); take it out")
     return list(texts)
 
 

@@ -11,6 +11,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import struct
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ldm_pipeline.cli import COMMANDS, main
 from ldm_pipeline.commands import adapters, dataset, evaluate, generate, info, lora
@@ -130,6 +132,8 @@ REFUSED = {
     "dataset check . --bucket-step 12": "--bucket-step=12",
     "dataset check . --tokenizer nowhere": "--tokenizer=nowhere",
     "evaluate --prompts 0": "--prompts=0",
+    "evaluate --prompts 99999999999999": "--prompts=99999999999999 must be from 1 to 100000",
+    "evaluate --seed 9223372036854775800": "--seed=9223372036854775800 is too large",
     "evaluate --steps 0": "--steps=0",
     "evaluate --sampler eular": "--sampler='eular'",
     "evaluate --eta 0.5": "--eta=0.5 does nothing here",
@@ -491,8 +495,12 @@ def test_the_same_words_with_another_seed_do_not_replace_a_picture(ldm: Ldm, mod
 
 
 def test_what_is_no_number_becomes_no_picture(ldm: Ldm, model: Path) -> None:
-    given = ["generate", "x", "--model", str(model), "--steps", "1", "-o", "x.png"]
-    code, out, err = ldm(*given, "--guidance", "1e308")
+    shutil.copytree(model, "wild")
+    file = Path("wild/unet/diffusion_pytorch_model.safetensors")
+    weights = load_file(file)
+    weights["conv_out.bias"].fill_(3e38)
+    save_file(weights, file)
+    code, out, err = ldm("generate", "x", "--model", "wild", "--steps", "1", "-o", "x.png")
     assert (code, out) == (2, "")
     assert "'x' with seed" in err.splitlines()[-1]
     assert "lower --guidance" in err.splitlines()[-1]

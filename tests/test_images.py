@@ -53,6 +53,12 @@ def test_other_pictures() -> None:
     assert to_tensor(noise(8, 8, 3)).shape == (1, 3, 8, 8)
     with pytest.raises(UserError, match="8x16"):
         to_tensor([grey, Image.new("RGB", (8, 8))])
+    others: list[Any] = ["a", None, [grey, noise(8, 8, 3)]]
+    for other in others:
+        with pytest.raises(UserError, match=r"picture must be a PIL.Image, not"):
+            to_tensor(other)
+    wide = Image.fromarray(np.full((4, 4), 128 * 256 + 200, np.uint16))
+    assert torch.equal(to_tensor(wide), to_tensor(Image.new("L", (4, 4), 128)))
     for wrong in (noise(8, 8), noise(8, 8, 4), noise(8, 8, 3).astype(np.float32)):
         with pytest.raises(UserError, match="must be uint8"):
             to_tensor(wrong)

@@ -326,6 +326,8 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"sigmas": [5.0, 1.0], "sampler": "pndm"}, "takes no custom sigmas"),
     ({"callback_on_step_end_tensor_inputs": ["noise"]}, "latents"),
     ({"callback_on_step_end": 5}, "callback_on_step_end=5 must be a function"),
+    ({"timesteps": [-5], "sampler": "tcd"}, "timesteps=[-5] must be whole numbers from 0 to 999"),
+    ({"timesteps": [999.5, 2.5], "sampler": "tcd"}, "must be whole numbers from 0 to 999"),
     (
         {"latents": np.zeros((1, 4, 16, 16))},
         "latents must be a torch.Tensor of floats, not ndarray",
@@ -363,11 +365,29 @@ def test_mistakes_are_refused_before_any_network_runs(
 
 @pytest.mark.parametrize(
     ("memory", "device", "message"),
-    [(5, None, "memory=5 must be a Memory"), (PLAIN, "gpu", "device='gpu' is not known")],
+    [
+        (5, None, "memory=5 must be a Memory"),
+        (PLAIN, "gpu", "device='gpu' is not known"),
+        (PLAIN, "xpu", "device='xpu' is not here: torch finds"),
+    ],
 )
 def test_what_cannot_be_arranged(ours: Any, memory: Any, device: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         ours.arrange(memory, device)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (torch.zeros(1), "returned a Tensor; it must return a dictionary of tensors"),
+        (True, "returned a bool; it must return a dictionary"),
+        ({"latents": torch.zeros(1, 4, 8, 8)}, r"shape \(1, 4, 8, 8\); they must stay \(1, 4, 16"),
+        ({"latents": None}, r"latents of shape \(\); they must stay"),
+    ],
+)
+def test_what_a_callback_may_not_return(ours: Any, returned: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        draw(ours, "a red star", callback_on_step_end=lambda *_: returned)
 
 
 def test_latents_may_have_another_precision(ours: Any) -> None:

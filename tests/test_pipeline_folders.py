@@ -93,6 +93,18 @@ def test_from_pipe_both_ways(ours: Any, stock: Any) -> None:
     assert img2img.unet is ours.unet
 
 
+def test_what_is_no_pipeline_folder_or_component(ours: Any, saved: Path, tmp_path: Path) -> None:
+    for wrong in (5, "bundled"):
+        with pytest.raises(UserError, match="must be a pipeline that is loaded"):
+            LatentDiffusionPipeline.from_pipe(wrong)
+    with pytest.raises(UserError, match=r"component of dtype='vea' .*did you mean 'vae'"):
+        LatentDiffusionPipeline.from_pretrained(saved, dtype={"vea": "float16"})
+    (tmp_path / "file").write_text("")
+    for place in ("", tmp_path / "file"):
+        with pytest.raises(UserError, match=r"save_directory=.* must be a folder"):
+            ours.save_pretrained(place)
+
+
 def test_components_are_the_constructor_s_names(ours: Any) -> None:
     names = {"vae", "text_encoder", "tokenizer", "unet", "scheduler"}
     optional = {"safety_checker", "feature_extractor", "image_encoder"}

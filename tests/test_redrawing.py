@@ -231,11 +231,19 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"image": picture(1, 1)}, "image cannot be read: height and width must be > 0"),
     ({"image": torch.zeros(1, 1, 32, 32)}, "image has 1 channels"),
     ({"image": np.zeros((32, 32, 4))}, "image has 4 channels"),
-    ({"image": torch.zeros(128, 128)}, "shape (128, 128); pass a PIL.Image, an array [H, W, 3]"),
-    ({"image": [torch.zeros(128, 128)]}, "image cannot be read: shape (128, 128); pass"),
-    ({"image": np.zeros((1, 128, 128))}, "image cannot be read: shape (1, 128, 128); pass"),
+    ({"image": torch.zeros(128, 128)}, "torch.float32 (128, 128); pass a PIL.Image, an array"),
+    ({"image": [torch.zeros(128, 128)]}, "image cannot be read: torch.float32 (128, 128); pass"),
+    ({"image": np.zeros((1, 128, 128))}, "image cannot be read: float64 (1, 128, 128); pass"),
     ({"image": np.zeros((3, 128, 128))}, "image has 128 channels; pass pictures of 3, as arrays"),
-    ({"image": picture(), "mask_image": torch.zeros(1, 1, 0, 4)}, "a tensor [1, H, W] in [0, 1]"),
+    ({"image": np.zeros((32, 32, 3), int)}, "image cannot be read: int64 (32, 32, 3)"),
+    ({"image": [picture(), np.zeros((32, 32, 3))]}, "a list of Image and ndarray"),
+    ({"image": picture().convert("F")}, "image has pixels of the kind F"),
+    ({"image": picture(), "mask_image": HOLE.convert("I")}, "mask_image has pixels of the kind I"),
+    ({"image": picture(), "mask_image": np.zeros((32, 32, 3))}, "mask_image has 3 channels"),
+    (
+        {"image": picture(), "mask_image": torch.zeros(1, 1, 0, 4)},
+        "a tensor [1, H, W] of floats in [0, 1]",
+    ),
     ({"image": torch.full((1, 3, 32, 32), 300.0)}, "image holds values outside of [0, 1]"),
     ({"image": torch.full((1, 3, 32, 32), -1.1)}, "image holds values outside of [0, 1]"),
     ({"image": np.full((32, 32, 3), 255, np.uint8)}, "divide those of 0 to 255 by 255"),
@@ -273,7 +281,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"image": picture(), "mask_image": HOLE, "masked_image_latents": torch.zeros(1, 4, 8, 8)},
-        "masked_image_latents has shape (1, 4, 8, 8)",
+        "masked_image_latents has shape (1, 4, 8, 8); it must be [images, 4, 16, 16]",
+    ),
+    (
+        {"image": picture(), "mask_image": HOLE, "masked_image_latents": torch.zeros(3, 4, 16, 16)},
+        "masked_image_latents has 3 rows for 1 images",
     ),
     (
         {"ip_adapter_image": picture(), "ip_adapter_image_embeds": []},
@@ -344,3 +356,42 @@ def test_image_to_image_takes_a_size_and_a_noise(ours: Any) -> None:
     one = draw(ours, "a", image=z, latents=noise)
     again = draw(ours, "a", image=z, generator=torch.Generator().manual_seed(2))
     assert torch.equal(one, again)
+
+
+def test_a_16_bit_picture_is_the_same_in_8_bits(ours: Any) -> None:
+    levels = np.asarray(picture().convert("L"))
+    wide = Image.fromarray(levels.astype(np.uint16) * 257)
+    assert wide.mode == "I;16"
+    drawn = [draw(ours, "a star", seed=1, image=each) for each in (wide, Image.fromarray(levels))]
+    assert torch.equal(*drawn)
+    dark = Image.fromarray(np.full((32, 32), 300, np.uint16))  # nearly black: nothing is painted
+    kept = {"image": picture(), "keep_unmasked": True, "output_type": "pil"}
+    (stays,) = ours("a red star", mask_image=dark, num_inference_steps=2, **kept).images
+    assert stays.tobytes() == picture().tobytes()
+
+
+def test_a_mask_of_true_and_false_is_one_of_1_and_0(ours: Any) -> None:
+    hole = ~known(HOLE)
+    masks = [hole, hole.astype(np.float32), torch.from_numpy(hole), torch.from_numpy(hole).float()]
+    drawn = [draw(ours, "a star", seed=1, image=picture(), mask_image=each) for each in masks]
+    assert all(torch.equal(drawn[0], other) for other in drawn[1:])
+
+
+def test_a_mask_that_paints_nothing_is_told(ours: Any, caplog: pytest.LogCaptureFixture) -> None:
+    barely = Image.fromarray(np.full((32, 32), 1, np.uint8))  # white would be 255
+    draw(ours, "a red star", image=picture(), mask_image=barely)
+    assert [record.getMessage() for record in caplog.records] == [
+        "mask_image paints nothing: no pixel is lighter than half of white"
+    ]
+    caplog.clear()
+    draw(ours, "a red star", image=picture(), mask_image=HOLE)
+    assert not caplog.records
+    with pytest.raises(UserError, match="there is nothing to paint"):
+        ours("a red star", image=picture(), mask_image=barely, padding_mask_crop=1)
+
+
+def test_a_damaged_picture_is_one_line(ours: Any, tmp_path: Path) -> None:
+    picture(64, 64).save(tmp_path / "whole.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
+    with pytest.raises(UserError, match=r"image cannot be read: .*truncated"):
+        ours("a red star", image=Image.open(tmp_path / "cut.png"))

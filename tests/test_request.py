@@ -9,7 +9,9 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.request import (
@@ -27,14 +29,10 @@ def tensor(*shape: int) -> Any:
 
 
 class Random:
-    """Stands for a torch.Generator, or for any other object."""
+    """An object that is told in two lines."""
 
     def __repr__(self) -> str:
         return "Random {\n}"
-
-    def initial_seed(self) -> int:
-        """As a generator has it."""
-        return 1
 
 
 def test_needs_no_torch() -> None:
@@ -96,7 +94,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"timesteps": "999"}, "timesteps='999' must be"),
     ({"sigmas": [1.0, None]}, "sigmas=[1.0, None] must be"),
     ({"sigmas": [math.nan]}, "sigmas=[nan] must be"),
-    ({"guidance_scale": math.nan}, "guidance_scale=nan must be a finite number, at least 0"),
+    ({"guidance_scale": math.nan}, "guidance_scale=nan must be a finite number, from 0 to 10000"),
     ({"guidance_scale": math.inf}, "guidance_scale=inf"),
     ({"guidance_scale": -1}, "guidance_scale=-1"),
     ({"guidance_scale": "7"}, "guidance_scale='7'"),
@@ -118,7 +116,20 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"seed": [1, 2, 3]}, "3 entries for 2 images"),
     ({"seed": [1, 2.5]}, "seed=2.5"),
     ({"seed": 1, "generator": object()}, "only one of them"),
-    ({"generator": [Random()]}, "1 entries for 2 images"),
+    ({"generator": [torch.Generator()]}, "1 entries for 2 images"),
+    ({"generator": torch.Generator}, "must be a torch.Generator"),
+    ({"generator": torch}, "must be a torch.Generator"),
+    ({"seed": np.array([1, 2])}, "or a list of them, one per image"),
+    ({"seed": range(3)}, "seed has 3 entries for 2 images"),
+    ({"prompt": "a \ud800 star"}, "holds half a letter"),
+    ({"exact_steps": "no"}, "exact_steps='no' must be True or False"),
+    ({"keep_unmasked": 1}, "keep_unmasked=1 must be True or False"),
+    ({"lcm": ""}, "lcm='' names no file"),
+    ({"guidance_scale": 1e30}, "from 0 to 10000"),
+    ({"cross_attention_kwargs": {"scale": "x"}}, "scale='x' must be a finite number"),
+    ({"cross_attention_kwargs": {"scale": math.nan}}, "scale=nan must be a finite number"),
+    ({"prompt": None, "prompt_embeds": tensor(0, 77, 32)}, "prompt_embeds has shape (0, 77, 32)"),
+    ({"latents": tensor(2, 4, 0, 0)}, "latents has shape (2, 4, 0, 0)"),
     ({"generator": 42}, "generator=42 must be a torch.Generator"),
     ({"generator": [1, 2]}, "a number is passed as seed"),
     ({"latents": tensor(1, 4, 16, 16)}, "must be [2, channels"),

@@ -29,10 +29,13 @@ from ldm_pipeline.commands.steps import (
     settle_steps,
 )
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.request import SIZE_STEP, Request
+from ldm_pipeline.request import MAX_SEED, SIZE_STEP, Request
 from ldm_pipeline.too_large import in_memory
 
 PURPOSE = "measure how well a model draws the picture world, with 95 % intervals"
+
+MOST = 100_000
+"""Prompts; the intervals are then below a third of a percent, and the drawing takes days."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,9 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Draw, judge, and print the figures on stdout."""
     for name in ("prompts", "batch_size"):
-        if getattr(args, name) < 1:
+        if not 1 <= getattr(args, name) <= MOST:
             flag = "--" + name.replace("_", "-")
-            raise UserError(f"{flag}={getattr(args, name)} must be at least 1")
+            raise UserError(f"{flag}={getattr(args, name)} must be from 1 to {MOST}")
+    if args.seed > MAX_SEED - args.prompts:
+        raise UserError(f"--seed={args.seed} is too large; with each picture it counts up")
     settle_steps(args)
     check_eta(args.eta, args.sampler, args.lcm)
     with in_flags():

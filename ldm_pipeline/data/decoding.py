@@ -33,6 +33,7 @@ from PIL import (
 from PIL.ImageFile import ImageFile
 
 from ldm_pipeline.data.sources import BadPicture
+from ldm_pipeline.values import WIDE_MODES
 
 __all__ = ["FORMATS", "MAX_PIXELS", "BadPicture", "Picture", "decode", "decode_mask", "read_size"]
 
@@ -44,7 +45,6 @@ MAX_PIXELS = 2**27
 WHITE, BLACK = (255, 255, 255), (0, 0, 0)
 PLAIN_MODES = {"1", "L", "P", "RGB", "RGBX", "CMYK", "YCbCr"}
 ALPHA_MODES = {"LA", "PA", "RGBA", "RGBa"}
-WIDE_MODES = {"I;16", "I;16L", "I;16B", "I;16N"}
 
 # Pillow's classes are called by themselves: `Image.open` would warn of large pictures by a limit
 # of its own, and make a film of a JPEG that carries a preview.

@@ -103,21 +103,20 @@ def evaluate(
     batch_size: int = 16,
     out: Path | None = None,
 ) -> Report:
-    """Draw `prompts` prompts of each split (fewer unseen pairs) and count what came out right.
+    """Draw `prompts` prompts of each split (fewer unseen pairs) and count what came out right; of
+    so many scenes, 500 at most, the autoencoder's reconstructions are read.
 
     `pipeline` is a LatentDiffusionPipeline for 128 x 128 pictures, which takes `lcm`,
     `sampler` (its own) and `eta` as `Request` has them. `decoder` is what its autoencoder is called
     in the report, if not its own. Picture i is drawn with `seed` + i. With `out`, `report.json` and
     `grid.png` (failures first) are written there.
     """
-    tested = [World(seed, "test")[i] for i in range(prompts)]
-    unseen = [World(seed, "unseen pairs")[i] for i in range(max(1, round(prompts * UNSEEN_SHARE)))]
 
-    def draw(samples: Sequence[Sample], what: str) -> list[Drawn]:
-        drawn = []
-        with tqdm(total=len(samples), desc=what, unit="picture") as bar:
-            for first in range(0, len(samples), batch_size):
-                some = samples[first : first + batch_size]
+    def draw(split: str, count: int, what: str) -> list[Drawn]:
+        world, drawn = World(seed, split), []
+        with tqdm(total=count, desc=what, unit="picture") as bar:
+            for first in range(0, count, batch_size):
+                some = [world[i] for i in range(first, min(count, first + batch_size))]
                 pipeline.set_progress_bar_config(disable=True)
                 pictures = pipeline(
                     [sample.caption for sample in some],
@@ -134,8 +133,8 @@ def evaluate(
                 bar.update(len(some))
         return drawn
 
-    results = draw(tested, "drawing test prompts")
-    fresh = draw(unseen, "drawing unseen pairs")
+    results = draw("test", prompts, "drawing test prompts")
+    fresh = draw("unseen pairs", max(1, round(prompts * UNSEEN_SHARE)), "drawing unseen pairs")
     shares = shares_of(results, fresh)
     opened = getattr(pipeline.config, "_name_or_path", None)  # none where it was put together
     if opened and (folder := Path(opened) / "clip").is_dir():
@@ -157,7 +156,7 @@ def evaluate(
         settings["dtype"] = str(pipeline.unet.dtype).removeprefix("torch.")
     if decoder is not None:
         settings["decoder"] = decoder
-    psnr, shares[READ_BACK] = reconstructed(pipeline.vae, RECONSTRUCTED, seed)
+    psnr, shares[READ_BACK] = reconstructed(pipeline.vae, min(prompts, RECONSTRUCTED), seed)
     report = Report(shares, psnr, settings)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)

@@ -34,6 +34,7 @@ def arrange(pipe: Any, memory: Memory, device: torch.device | None = None) -> Me
     if device is None:
         found = offloading.accelerator() if memory.offload != "none" and own.type == "cpu" else own
         device = found or own
+    offloading.check_there(device)
     unet, vae = pipe.unet, pipe.vae
     dtype = torch.float32 if unet is None else unet.dtype
     resolved = resolve(memory, device, dtype)

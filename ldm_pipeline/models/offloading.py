@@ -36,6 +36,13 @@ def check(how: str, device: torch.device) -> None:
         )
 
 
+def check_there(device: torch.device) -> None:
+    """Raise `UserError` for a device that this machine has not, or torch was not built for."""
+    found = accelerator()
+    if device.type not in ("cpu", "meta", found.type if found is not None else "cpu"):
+        raise UserError(f"device={str(device)!r} is not here: torch finds {found or 'no GPU'}")
+
+
 def accelerator() -> torch.device | None:
     """The GPU of this machine, or None."""
     return torch.accelerator.current_accelerator(check_available=True)

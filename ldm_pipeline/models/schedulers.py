@@ -169,6 +169,12 @@ class StockSampler:
         accepted = inspect.signature(own.set_timesteps).parameters
         most = own.config.get("original_inference_steps", own.config.num_train_timesteps)
         total, first = share(n, strength, most, exact)
+        levels = own.config.num_train_timesteps
+        custom = self.timesteps or ()
+        if any(not 0 <= t < levels or t != int(t) for t in custom):
+            raise UserError(
+                f"timesteps={list(custom)} must be whole numbers from 0 to {levels - 1}, descending"
+            )
         chosen: dict[str, Any] = {"num_inference_steps": total}
         if self.timesteps is not None:
             chosen = {"timesteps": list(self.timesteps)}
@@ -177,12 +183,15 @@ class StockSampler:
         name = type(own).__name__
         for key in chosen:
             if key not in accepted:
-                raise UserError(f"{name} takes no custom {key}; pass num_inference_steps instead")
+                raise UserError(
+                    f"{name} takes no custom {key}; pass num_inference_steps instead, or a sampler"
+                    " that takes them, such as sampler='euler'"
+                )
         try:
             own.set_timesteps(**chosen)
         except ValueError as error:
             raise UserError(f"{name}: {' '.join(str(error).split())}") from error
         if "num_inference_steps" in chosen:
             return first
-        levels = len(own.timesteps)
-        return share(levels, strength, levels, exact)[1]
+        made = len(own.timesteps)
+        return share(made, strength, made, exact)[1]

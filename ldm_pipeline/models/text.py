@@ -64,7 +64,8 @@ def tokenise(
             texts, padding="max_length", max_length=limit, truncation=True, return_tensors="pt"
         )
         if warn:
-            whole = tokenizer(texts, verbose=False).input_ids
+            with _of_any_length(tokenizer):
+                whole = tokenizer(texts).input_ids
             unread = [ids[limit - 1 : -1] for ids in whole if len(ids) > limit]
             if unread:
                 logger.warning(
