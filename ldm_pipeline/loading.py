@@ -260,7 +260,7 @@ class FolderPipeline(DiffusionPipeline):
         whole ones, of which rounded ones are soon made."""
         unet = self.components.get("unet")
         check_path("save_directory", save_directory)
-        if not os.fspath(save_directory) or Path(save_directory).is_file():
+        if Path(save_directory).is_file():
             raise UserError(
                 f"save_directory={shown(save_directory)} must be a folder, or a new one"
             )

@@ -66,8 +66,8 @@ def check_flag(name: str, value: Any) -> None:
 
 
 def check_path(name: str, value: Any) -> None:
-    """Raise `UserError` unless this can be a name or a path."""
-    if not isinstance(value, str | os.PathLike):
+    """Raise `UserError` unless this can be a name or a path; "" is none."""
+    if not isinstance(value, str | os.PathLike) or value == "":
         raise UserError(f"{name}={shown(value)} must be a name or a path")
 
 

@@ -100,9 +100,11 @@ def test_what_is_no_pipeline_folder_or_component(ours: Any, saved: Path, tmp_pat
     with pytest.raises(UserError, match=r"component of dtype='vea' .*did you mean 'vae'"):
         LatentDiffusionPipeline.from_pretrained(saved, dtype={"vea": "float16"})
     (tmp_path / "file").write_text("")
-    for place in ("", tmp_path / "file"):
-        with pytest.raises(UserError, match=r"save_directory=.* must be a folder"):
-            ours.save_pretrained(place)
+    with pytest.raises(UserError, match=r"save_directory=.* must be a folder"):
+        ours.save_pretrained(tmp_path / "file")
+    for opens in (ours.save_pretrained, ldm_pipeline.load):
+        with pytest.raises(UserError, match="='' must be a name or a path"):
+            opens("")
 
 
 def test_components_are_the_constructor_s_names(ours: Any) -> None:

@@ -170,6 +170,8 @@ class StockSampler:
         most = own.config.get("original_inference_steps", own.config.num_train_timesteps)
         total, first = share(n, strength, most, exact)
         levels = own.config.num_train_timesteps
+        if self.timesteps is None and self.sigmas is None and total > levels:
+            raise UserError(f"num_inference_steps={n} must lie between 1 and {levels}")
         custom = self.timesteps or ()
         if any(not 0 <= t < levels or t != int(t) for t in custom):
             raise UserError(

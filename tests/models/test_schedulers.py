@@ -284,6 +284,11 @@ def test_mistakes_are_named() -> None:
         stock_sampler("unipcc", CONFIG)
     with pytest.raises(UserError, match="DDIMScheduler takes no custom sigmas"):
         StockSampler(made("DDIMScheduler"), sigmas=(5.0, 1.0)).course(SCHEDULE, 5)
+    for name in ("pndm", "unipc", "dpmpp_2m_sde"):
+        with pytest.raises(
+            UserError, match=r"num_inference_steps=1001 must lie between 1 and 1000"
+        ):
+            stock_sampler(name, CONFIG).course(SCHEDULE, 1001)
     with pytest.raises(UserError, match="either timesteps or sigmas"):
         StockSampler(made("EulerDiscreteScheduler"), timesteps=(9,), sigmas=(5.0, 1.0))
     with pytest.raises(UserError, match=r"LCMScheduler: .*50") as caught:
