@@ -54,8 +54,11 @@ def as_texts(name: str, text: Text | None) -> list[str]:
     if not texts:
         raise UserError(f"{name} is an empty list; pass at least one text")
     for entry in texts:
-        if any("\ud800" <= letter <= "\udfff" for letter in entry):
-            raise UserError(f"{name}={shown(entry)} holds half a letter (a surrogate); take it out")
+        try:
+            entry.encode()
+        except UnicodeEncodeError as error:
+            told = f"{name}={shown(entry)} holds half a letter (a surrogate); take it out"
+            raise UserError(told) from error
     return list(texts)
 
 

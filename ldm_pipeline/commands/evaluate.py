@@ -35,7 +35,7 @@ from ldm_pipeline.too_large import in_memory
 PURPOSE = "measure how well a model draws the picture world, with 95 % intervals"
 
 MOST = 100_000
-"""Prompts; the intervals are then below a third of a percent, and the drawing takes days."""
+"""Prompts; the intervals are then below a third of a percent, and a CPU draws for days."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
