@@ -56,7 +56,7 @@ class Drawing(LiveValues, ImagePrompts, DiffusionPipeline):
             from ldm_pipeline.lora.few_steps import few_step_unet  # it imports peft
 
             unet, note = few_step_unet(self, request.lcm)
-            distilled = Consistency(note.original_steps, note.timestep_scaling)
+            distilled = Consistency(note.original_steps, note.timestep_scaling, note.spacing)
         sampler = choose_sampler(
             request.sampler_name,
             self.scheduler,

@@ -35,7 +35,8 @@ def describe(header: Header, weights: LoraWeights) -> Iterator[str]:
         base = "a model" if note.base is None else clean(note.base)
         yield (
             f"few steps: draws with --lcm; distilled from {base}, original_steps"
-            f" {note.original_steps}, timestep_scaling {note.timestep_scaling:g}"
+            f" {note.original_steps}, timestep_scaling {note.timestep_scaling:g}, spacing"
+            f" {note.spacing}"
         )
     for component, layout in weights.layouts.items():
         yield f"{component}: {len(layout.slots)} modules, {numbers(layout)}"

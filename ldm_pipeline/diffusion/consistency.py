@@ -6,7 +6,7 @@ from saying the same of all (2303.01469, alg. 2; over latents, with guidance, 23
 
 Legend
     x        noisy latents [B, C, h, w] at level t
-    t, s     neighbouring levels of the distillation's grid, t > s, each [B]; the last s is CLEAN
+    t, s     two levels of the distillation's grid, t > s, each [B]; the last s is CLEAN
     x_s      where one step of the teacher's solver takes x
     w        how far each sample's guidance goes beyond the prompted answer [B]: the usual
              guidance_scale is 1 + w
@@ -16,16 +16,15 @@ Legend
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from ldm_pipeline.diffusion.denoiser import Denoiser, Network
-from ldm_pipeline.diffusion.grids import consistency_grid
+from ldm_pipeline.diffusion.grids import distilled_levels
 from ldm_pipeline.diffusion.losses import mean_over
 from ldm_pipeline.diffusion.prediction import boundary_scalings
-from ldm_pipeline.diffusion.schedule import Schedule
+from ldm_pipeline.diffusion.schedule import CLEAN, Schedule
 
 ConsistencyFunction = Callable[[Tensor, Tensor], Tensor]
 """f(x [B, C, h, w], t [B]) -> clean latents [B, C, h, w]."""
@@ -34,13 +33,17 @@ Solver = Callable[[Denoiser, Schedule, Tensor, Tensor, Tensor], Tensor]
 """solver(denoiser, schedule, x at levels t, t, s) -> x_s; each sample has levels of its own."""
 
 
-def neighbours(schedule: Schedule, original_steps: int = 50) -> tuple[tuple[float, float], ...]:
+def neighbours(
+    schedule: Schedule, original_steps: int = 50, spacing: str = "even", stride: int = 1
+) -> tuple[tuple[float, float], ...]:
     """The pairs (t, s) that a distillation on `original_steps` levels trains, t descending.
 
-    They are those of the grid that LCM draws on, and its last step ends in CLEAN. (The reference
-    scripts end in timestep 0, where some noise is left, and the student learns to leave it.)
+    They are those of the grid that LCM draws on, s `stride` levels below t, and the last steps end
+    in CLEAN. (The reference scripts end in timestep 0, where some noise is left, and the student
+    learns to leave it.)
     """
-    return tuple(pairwise(consistency_grid(schedule, original_steps, original_steps)))
+    known = distilled_levels(schedule, original_steps, spacing=spacing)
+    return tuple(zip(known, (*known[stride:], *[CLEAN] * stride), strict=False))
 
 
 def consistency_function(

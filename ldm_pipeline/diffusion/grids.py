@@ -13,6 +13,8 @@ from ldm_pipeline.diffusion.schedule import CLEAN, Schedule
 from ldm_pipeline.errors import UserError, choose
 
 SPACINGS = ("trailing", "leading", "linspace", "karras")
+DISTILLED = ("even", "angle")
+"""How the levels of a distillation may be spaced."""
 
 
 def grid(schedule: Schedule, n: int, spacing: str) -> tuple[float, ...]:
@@ -54,18 +56,48 @@ def _karras(schedule: Schedule, n: int, rho: float = 7.0) -> list[float]:
     return [last, *between, 0.0]
 
 
-def consistency_grid(
-    schedule: Schedule, n: int, original_steps: int = 50, strength: float = 1.0
+def distilled_levels(
+    schedule: Schedule, original_steps: int = 50, strength: float = 1.0, spacing: str = "even"
 ) -> tuple[float, ...]:
-    """n + 1 levels ending in CLEAN, n of them from the grid that an LCM was distilled on.
+    """The levels that an LCM was distilled on, descending, `original_steps` of them, spaced
 
-    That grid has `original_steps` levels, every (T // original_steps)-th timestep. `strength`
-    in (0, 1] shortens it first, to one level at least, so that all n steps run (2310.04378).
-    Raises UserError where it has fewer than n levels left.
+    even   every (T // original_steps)-th timestep (2310.04378)
+    angle  equal steps of the angle arctan(sigma / alpha) (2202.00512, section 4), to the nearest
+           timestep: as much changes in each, whatever the schedule. Where noise comes early, as
+           with DDPM's linear one, half of the even levels say next to nothing
+
+    `strength` in (0, 1] leaves those below this share of all timesteps, one level at least.
+    Raises UserError where several levels would meet in one timestep.
     """
-    stride = schedule.num_train_timesteps // original_steps
-    left = max(1, int(original_steps * strength))
-    known = [float(i * stride - 1) for i in range(1, left + 1)][::-1]
+    choose("spacing", spacing, DISTILLED)
+    total = schedule.num_train_timesteps
+    if spacing == "even":
+        stride = total // original_steps
+        left = max(1, int(original_steps * strength))
+        return tuple(float(i * stride - 1) for i in range(left, 0, -1))
+    widest = math.atan(math.exp(-schedule.log_snr(total - 1.0) / 2))
+    angles = (widest * i / original_steps for i in range(original_steps, 0, -1))
+    levels = [float(round(schedule.level_of(-2 * math.log(math.tan(phi))))) for phi in angles]
+    if len(set(levels)) < original_steps:
+        raise UserError(
+            f"original_steps={original_steps} are too many for spacing='angle': the last ones"
+            " would meet in one timestep"
+        )
+    return tuple(t for t in levels if t < total * strength) or tuple(levels[-1:])
+
+
+def consistency_grid(
+    schedule: Schedule,
+    n: int,
+    original_steps: int = 50,
+    strength: float = 1.0,
+    spacing: str = "even",
+) -> tuple[float, ...]:
+    """n + 1 levels ending in CLEAN, n of them of `distilled_levels`, evenly among those.
+
+    Raises UserError where `strength` has left fewer than n.
+    """
+    known = distilled_levels(schedule, original_steps, strength, spacing)
     if not 1 <= n <= len(known):
         raise UserError(
             f"num_inference_steps={n} must lie between 1 and {len(known)}: this sampler knows "

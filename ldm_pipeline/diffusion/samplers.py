@@ -20,11 +20,11 @@ from torch import Tensor
 
 from ldm_pipeline.diffusion.course import GridSampler, NativeSampler, Sampler
 from ldm_pipeline.diffusion.denoiser import Denoiser
-from ldm_pipeline.diffusion.grids import consistency_grid
+from ldm_pipeline.diffusion.grids import consistency_grid, distilled_levels
 from ldm_pipeline.diffusion.loop import Step
 from ldm_pipeline.diffusion.noise import Noise
 from ldm_pipeline.diffusion.prediction import boundary_scalings
-from ldm_pipeline.diffusion.schedule import Schedule
+from ldm_pipeline.diffusion.schedule import CLEAN, Schedule
 from ldm_pipeline.diffusion.solvers import DPMSolverPP2M, Heun
 
 
@@ -78,12 +78,13 @@ class Renoise(GridSampler):
 class Consistency(NativeSampler):
     """LCM's multistep consistency sampling (2310.04378, alg. 3): all noise is fresh.
 
-    `original_steps` is the grid of the distillation, `timestep_scaling` that of its boundary
-    condition; both must be those of the training.
+    `original_steps` and `spacing` are the grid of the distillation (`grids.distilled_levels`),
+    `timestep_scaling` that of its boundary condition; all must be those of the training.
     """
 
     original_steps: int = 50
     timestep_scaling: float = 10.0
+    spacing: str = "even"
 
     def times(
         self, schedule: Schedule, n: int, strength: float = 1.0, exact: bool = False
@@ -93,12 +94,11 @@ class Consistency(NativeSampler):
         Where fewer than n levels are left, they are all visited; with `exact` it is the last n of
         the whole grid, which begin at more noise.
         """
-        left = max(1, int(self.original_steps * strength))
-        if n <= left or n > self.original_steps:
-            return consistency_grid(schedule, n, self.original_steps, strength)
-        visited = n if exact else left
-        whole = consistency_grid(schedule, self.original_steps, self.original_steps)
-        return whole[-visited - 1 :]
+        left = distilled_levels(schedule, self.original_steps, strength, self.spacing)
+        if n <= len(left) or n > self.original_steps:
+            return consistency_grid(schedule, n, self.original_steps, strength, self.spacing)
+        whole = distilled_levels(schedule, self.original_steps, 1.0, self.spacing)
+        return *(whole[-n:] if exact else left), CLEAN
 
     def stepper(self, schedule: Schedule) -> Step:
         def step(denoiser: Denoiser, x: Tensor, t: float, s: float, noise: Noise) -> Tensor:

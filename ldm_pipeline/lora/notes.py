@@ -18,6 +18,10 @@ from ldm_pipeline.lora.files import inspect
 
 KEY = "lcm"
 
+SPACINGS = ("even", "angle")
+"""How the levels of a distillation may be spaced; the same as `diffusion.grids.DISTILLED`, without
+torch."""
+
 NO_ADAPTER = (
     "there is no few-step adapter for this model here; name the file of one after lcm"
     " (train/train_lcm.py makes them)"
@@ -36,6 +40,7 @@ class LcmNote:
     base: str | None = None
     original_steps: int = 50
     timestep_scaling: float = 10.0
+    spacing: str = "even"
 
     def texts(self) -> Mapping[str, str]:
         """As a header holds it, the same text for the same note."""
@@ -77,6 +82,7 @@ def read_note(file: str | os.PathLike[str]) -> LcmNote:
         and isinstance(scaling, int | float)
         and math.isfinite(scaling)
         and scaling > 0
+        and note.spacing in SPACINGS
     )
     if not sound:
         raise UserError(f"{file}: {KEY!r} in its header makes no sense: {text}")

@@ -351,10 +351,9 @@ class AdapterObjective(nn.Module, ABC):
                     shown = self.config.pictures
                     self._base = self._draw(self._pipe, shown.steps, shown.guidance)
             adapted = self._adapted(self._pipe)
-        prompts = self.config.pictures.prompts
-        pairs = [(self._base[i], adapted[i]) for i in range(len(prompts))]
-        captions = [text for p in prompts for text in (f"without: {p}", f"with: {p}")]
-        return captioned_grid([one for pair in pairs for one in pair], captions, columns=2)
+        pairs = zip(self._base, adapted, strict=True)
+        told = [f"{how}: {p}" for p in self.config.pictures.prompts for how in ("without", "with")]
+        return captioned_grid([one for pair in pairs for one in pair], told, columns=2)
 
     def _adapted(self, pipe: Any) -> list[Image]:
         """The prompts' pictures with the adapter; weights that were drawn last are not again.
@@ -371,9 +370,10 @@ class AdapterObjective(nn.Module, ABC):
         """The prompts' pictures with the adapter."""
         return self._draw(pipe, self.config.pictures.steps, self.config.pictures.guidance)
 
-    def _draw(self, pipe: Any, steps: int, guidance: float) -> list[Image]:
-        """The prompts' pictures, picture i from seed i, with the network as it is now."""
+    def _draw(self, pipe: Any, steps: int | list[int], guidance: float) -> list[Image]:
+        """The prompts' pictures, picture i from seed i; in so many steps, or along these levels."""
         shown, side = self.config.pictures, self.data.side
+        own = {"timesteps": steps} if isinstance(steps, list) else {"num_inference_steps": steps}
         negative = [shown.negative] * len(shown.prompts)
         pipe.set_progress_bar_config(disable=True)
         pipe.vae.to(self.unet.device)
@@ -381,7 +381,7 @@ class AdapterObjective(nn.Module, ABC):
             **self.conditioning.arguments(*map(self._spoken, [shown.prompts, negative])),
             height=side,
             width=side,
-            num_inference_steps=steps,
+            **own,
             guidance_scale=guidance,
             generator=[torch.Generator().manual_seed(i) for i in range(len(shown.prompts))],
         ).images

@@ -32,6 +32,7 @@ from ldm_pipeline.diffusion.consistency import (
     neighbours,
 )
 from ldm_pipeline.diffusion.denoiser import make_denoiser
+from ldm_pipeline.diffusion.grids import consistency_grid
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.files import FILE_NAME
 from ldm_pipeline.lora.notes import LcmNote
@@ -55,6 +56,14 @@ class DistillationSettings(Settings):
     original_steps: Annotated[Positive, Field(le=MOST_LEVELS)] = Field(
         default=50, description="levels that the student knows"
     )
+    spacing: Literal["even", "angle"] = Field(
+        default="even",
+        description="of these levels: even timesteps, as LCM-LoRAs have them, which suit Stable "
+        "Diffusion's schedule; or equal steps of arctan(sigma / alpha), which suit any",
+    )
+    stride: Positive = Field(
+        default=1, description="levels that a step of the teacher goes down (2310.04378, alg. 1, k)"
+    )
     timestep_scaling: PositiveFloat = Field(default=10.0, description="of the boundary condition")
     w: tuple[NonNegativeFloat, NonNegativeFloat] = Field(
         default=(5.0, 15.0), description="the teacher's guidance_scale - 1, drawn between these"
@@ -76,7 +85,7 @@ class DistillationSettings(Settings):
 
     def kept_on_resume(self) -> Collection[str]:
         """The student knows these levels, by this boundary condition, and hears w so or not."""
-        return ("original_steps", "timestep_scaling", "full", "w_channels")
+        return ("original_steps", "spacing", "timestep_scaling", "full", "w_channels")
 
     @model_validator(mode="after")
     def _fits(self) -> DistillationSettings:
@@ -109,6 +118,11 @@ class LcmConfig(AdapterConfig):
             raise ValueError("lcm.target=average needs optimiser.ema_decay, as 0.95")
         if self.lcm.full and self.lora != AdapterSettings():
             raise ValueError("lcm.full=true trains a whole UNet, no adapter; leave lora out")
+        if self.lcm.full and self.lcm.spacing != "even":
+            raise ValueError(
+                "lcm.full=true goes with lcm.spacing=even: the scheduler of a whole LCM, as stock"
+                " diffusers writes it, tells of no other"
+            )
         return self
 
     def read(self) -> Pictures:
@@ -132,7 +146,7 @@ class LcmObjective(AdapterObjective):
             raise UserError(
                 f"lcm.original_steps={steps} must be at most the model's {levels} levels"
             )
-        self.pairs = neighbours(self.schedule, steps)[::-1]
+        self.pairs = neighbours(self.schedule, steps, config.lcm.spacing, config.lcm.stride)[::-1]
         self.silence = self._spoken([""])
         self._average: MovingAverage | None = None
 
@@ -200,7 +214,7 @@ class LcmObjective(AdapterObjective):
         own = pipe.scheduler
         pipe.scheduler = self._scheduler(own)
         try:
-            return self._draw(pipe, self.config.pictures.few, 1.0)
+            return self._draw(pipe, self._few(self.config.pictures.few), 1.0)
         finally:
             pipe.scheduler = own
 
@@ -214,14 +228,25 @@ class LcmObjective(AdapterObjective):
 
     def _notes(self) -> Mapping[str, str]:
         lcm = self.config.lcm
-        return LcmNote(self.config.model, lcm.original_steps, lcm.timestep_scaling).texts()
+        note = LcmNote(self.config.model, lcm.original_steps, lcm.timestep_scaling, lcm.spacing)
+        return note.texts()
+
+    def _few(self, n: int) -> int | list[int]:
+        """n steps as stock schedulers are told them: their levels, if not the even ones."""
+        lcm = self.config.lcm
+        if lcm.spacing == LcmNote.spacing:
+            return n
+        levels = consistency_grid(self.schedule, n, lcm.original_steps, spacing=lcm.spacing)
+        return [int(t) for t in levels[:-1]]
 
     def _use(self) -> str:
+        steps = self._few(4)
         values = {
             "name": FILE_NAME,
             "base": self.config.model,
-            "steps": self.config.lcm.original_steps,
+            "original": self.config.lcm.original_steps,
             "scaling": self.config.lcm.timestep_scaling,
+            "steps": f"{'timesteps' if isinstance(steps, list) else 'num_inference_steps'}={steps}",
         }
         return USE.format(**values)
 
@@ -234,7 +259,7 @@ or, in stock diffusers,
 
     pipeline.load_lora_weights("{name}")
     pipeline.scheduler = LCMScheduler.from_config(
-        pipeline.scheduler.config, original_inference_steps={steps}, timestep_scaling={scaling}
+        pipeline.scheduler.config, original_inference_steps={original}, timestep_scaling={scaling}
     )
-    pipeline("…", num_inference_steps=4, guidance_scale=1.0)
+    pipeline("…", {steps}, guidance_scale=1.0)
 """

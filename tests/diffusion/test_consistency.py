@@ -7,6 +7,7 @@ posterior mean, which a few-step sampler must not draw.
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from ldm_pipeline.diffusion import (
     make_denoiser,
     neighbours,
 )
+from ldm_pipeline.diffusion.grids import distilled_levels
 
 SCHEDULE = Schedule.scaled_linear()
 ORACLE = Gaussian(SCHEDULE)
@@ -134,6 +136,11 @@ def test_the_grid_is_that_of_the_sampler_and_ends_in_clean() -> None:
     assert PAIRS[-1] == (19.0, CLEAN)
     assert len(PAIRS) == 50
     assert len(neighbours(SCHEDULE, 10)) == 10
+    far = neighbours(SCHEDULE, stride=3)
+    assert [t for t, _ in far] == [t for t, _ in PAIRS]
+    assert [s for _, s in far] == [*(t for t, _ in PAIRS[3:]), CLEAN, CLEAN, CLEAN]
+    turned = distilled_levels(SCHEDULE, 50, spacing="angle")
+    assert neighbours(SCHEDULE, 50, "angle") == tuple(pairwise((*turned, CLEAN)))
 
 
 def test_nothing_is_left_to_say_where_nothing_is_noisy() -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ldm_pipeline.diffusion import CLEAN, SAMPLERS, Schedule
-from ldm_pipeline.diffusion.grids import SPACINGS, consistency_grid, grid
+from ldm_pipeline.diffusion.grids import SPACINGS, consistency_grid, distilled_levels, grid
 from ldm_pipeline.errors import UserError
 
 SCHEDULE = Schedule.scaled_linear()
@@ -82,6 +82,31 @@ def test_consistency_grid_is_that_of_lcm() -> None:
         assert list(ours[:-1]) == scheduler.timesteps.tolist()
 
 
+@pytest.mark.parametrize("schedule", [SCHEDULE, Schedule.linear(), Schedule.cosine()])
+def test_levels_of_a_distillation_turn_by_equal_angles(schedule: Schedule) -> None:
+    """By the definition: arctan of noise over picture falls in equal steps to none."""
+    levels = (*distilled_levels(schedule, 25, spacing="angle"), CLEAN)
+    angles = [math.atan2(schedule.sigma(t), schedule.alpha(t)) for t in levels]
+    assert levels[0] == 999.0
+    assert all(t == int(t) for t in levels)
+    widest = max(  # how far the angle turns in half a timestep, by which levels are rounded
+        abs(math.atan2(schedule.sigma(t), schedule.alpha(t)) - angle)
+        for level, angle in zip(levels, angles, strict=True)
+        for t in (level - 0.5, level + 0.5)
+    )
+    wanted = [angles[0] * i / 25 for i in range(25, -1, -1)]
+    assert angles == pytest.approx(wanted, abs=widest)
+
+
+def test_strength_leaves_the_levels_below_that_share() -> None:
+    whole = distilled_levels(SCHEDULE, 50, spacing="angle")
+    assert distilled_levels(SCHEDULE, 50, 0.5, "angle") == tuple(t for t in whole if t < 500)
+    assert distilled_levels(SCHEDULE, 50, 1e-4, "angle") == whole[-1:]
+    assert consistency_grid(SCHEDULE, 4, 50, spacing="angle")[:-1] == whole[:1] + tuple(
+        whole[i] for i in (12, 25, 37)
+    )
+
+
 def test_strength_leaves_the_last_steps() -> None:
     sampler = SAMPLERS["ddim"]
     whole = sampler.course(SCHEDULE, 20).times
@@ -100,3 +125,7 @@ def test_mistakes_are_named() -> None:
         consistency_grid(SCHEDULE, 51)
     with pytest.raises(UserError, match="between 1 and 5"):
         consistency_grid(SCHEDULE, 8, strength=0.1)
+    with pytest.raises(UserError, match="did you mean 'angle'"):
+        distilled_levels(SCHEDULE, spacing="angel")
+    with pytest.raises(UserError, match="original_steps=1000 are too many"):
+        distilled_levels(SCHEDULE, 1000, spacing="angle")

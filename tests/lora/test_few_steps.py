@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import struct
+import warnings
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +20,8 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 
 from ldm_pipeline import LatentDiffusionPipeline
+from ldm_pipeline.diffusion import Schedule
+from ldm_pipeline.diffusion.grids import consistency_grid
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.attach import attach
 from ldm_pipeline.lora.few_steps import few_step_unet
@@ -87,6 +90,25 @@ def test_it_draws_what_stock_draws(
     ours = draw(pipe, num_inference_steps=steps, lcm=file)
     # Each of up to 8 steps divides float32 rounding by alpha, 0.07 at the first level.
     assert (ours - theirs).abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("steps", [1, 4, 8])
+def test_levels_of_even_angles_are_told_to_stock_as_timesteps(
+    pipe: Any, tiny: Build, make: Any, steps: int
+) -> None:
+    """An adapter that was distilled on them is drawn with on them; the even ones are others."""
+    schedule = Schedule.from_config(pipe.scheduler.config)
+    levels = consistency_grid(schedule, steps, spacing="angle")[:-1]
+    file = make("few", note=LcmNote("some", spacing="angle"))
+    theirs = stock(tiny, file)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The following custom timesteps")
+        wanted = draw(theirs, timesteps=[int(t) for t in levels], guidance_scale=1.0)
+    ours = draw(pipe, num_inference_steps=steps, lcm=file)
+    # As above.
+    assert (ours - wanted).abs().max() <= 1e-4
+    even = draw(pipe, num_inference_steps=steps, lcm=make("few"))
+    assert torch.equal(ours, even) == (steps == 1)
 
 
 def test_unless_told_otherwise_it_takes_four_steps_without_guidance(pipe: Any, make: Any) -> None:
@@ -320,8 +342,9 @@ def test_mistakes_are_refused_before_anything_is_drawn(pipe: Any, make: Any) -> 
 @pytest.mark.parametrize(
     "text",
     ["[", "3", '{"steps": 3}', '{"original_steps": 0}', '{"original_steps": 4.5}',
-     '{"timestep_scaling": -1}', '{"timestep_scaling": "a"}', '{"base": 3}', "[" * 20_000],
-    ids=range(9),
+     '{"timestep_scaling": -1}', '{"timestep_scaling": "a"}', '{"base": 3}', "[" * 20_000,
+     '{"spacing": "odd"}', '{"spacing": ["even"]}'],
+    ids=range(11),
 )  # fmt: skip
 def test_a_note_that_makes_no_sense_is_refused(make: Any, text: str) -> None:
     file: Path = make("few", note=LcmNote("some"))

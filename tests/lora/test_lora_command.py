@@ -130,7 +130,7 @@ def test_info_tells_a_few_step_adapter(ldm: Ldm, tmp_path: Path) -> None:
     told = ldm("info", "a.safetensors")[1]
     assert (
         "few steps: draws with --lcm; distilled from mine [31m, original_steps 40,"
-        " timestep_scaling 8" in told.splitlines()
+        " timestep_scaling 8, spacing even" in told.splitlines()
     )
     save(tmp_path / "b.safetensors", lora(sd1(), every=30), {})
     assert "few steps" not in ldm("info", "b.safetensors")[1]

@@ -25,7 +25,7 @@ from ldm_pipeline.diffusion import (
     run,
 )
 from ldm_pipeline.diffusion.course import share
-from ldm_pipeline.diffusion.grids import consistency_grid
+from ldm_pipeline.diffusion.grids import consistency_grid, distilled_levels
 from ldm_pipeline.tasks.generate import generate
 from ldm_pipeline.tasks.img2img import img2img
 from ldm_pipeline.tasks.inpaint import inpaint
@@ -177,3 +177,9 @@ def test_few_levels_are_the_last_of_the_distillation_s_grid() -> None:
     assert lcm.course(SCHEDULE, 8, 0.1).times == whole[-6:]
     assert lcm.course(SCHEDULE, 8, 0.1, exact=True).times == whole[-9:]
     assert lcm.course(SCHEDULE, 8, 0.001).times == whole[-2:]
+    turned = distilled_levels(SCHEDULE, 50, spacing="angle")
+    few = Consistency(spacing="angle")
+    assert few.course(SCHEDULE, 4, 0.5).times[0] == max(t for t in turned if t < 500)
+    assert few.course(SCHEDULE, 50, 0.01, exact=True).times == (*turned, CLEAN)
+    left = tuple(t for t in turned if t < 10)
+    assert few.course(SCHEDULE, 8, 0.01).times == (*left, CLEAN)

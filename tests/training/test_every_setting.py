@@ -423,6 +423,8 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "lora.overrides.*.alpha": Change(gradients, 8.0),
         "lora.formats": Change(exported, ["kohya", "peft"]),
         "lcm.original_steps": Change(batch, 20),
+        "lcm.spacing": Change(batch, "angle"),
+        "lcm.stride": Change(batch, 2),
         "lcm.timestep_scaling": Change(loss, 0.01),
         "lcm.w": Change(batch, (1.0, 2.0)),
         "lcm.solver": Change(loss, "heun"),

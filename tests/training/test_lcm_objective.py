@@ -20,6 +20,7 @@ from torch import Tensor
 from ldm_pipeline import LatentDiffusionPipeline
 from ldm_pipeline.data.captioned import load
 from ldm_pipeline.data.world import World, held_out_caption
+from ldm_pipeline.diffusion.grids import consistency_grid
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora import files
 from ldm_pipeline.lora.notes import LcmNote, read_note
@@ -364,8 +365,31 @@ def test_stock_diffusers_draws_what_was_distilled(folder: Path) -> None:
     card = (final / "README.md").read_text("utf-8")
     assert "--lcm pytorch_lora_weights.safetensors --steps 4" in card
     assert "original_inference_steps=40, timestep_scaling=5.0" in card
+    assert "num_inference_steps=4, guidance_scale=1.0" in card
     resolved = card.partition("```yaml\n")[2].partition("```")[0]
     assert LcmConfig.model_validate(yaml.safe_load(resolved)) == config
+
+
+def test_an_adapter_tells_which_levels_it_knows(folder: Path) -> None:
+    """The card tells stock pipelines the four of them, and the trainer's pictures are drawn so."""
+    shown = {"prompts": ["red"], "steps": 1, "few": 3}
+    config = config_of(folder, lcm={"spacing": "angle"}, pictures=shown)
+    objective = built(config)
+    taken: list[float] = []
+    step = LCMScheduler.step
+
+    def watched(self: Any, *told: Any, **more: Any) -> Any:
+        taken.append(float(told[1]))
+        return step(self, *told, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(LCMScheduler, "step", watched)
+        final = fit(objective, config)
+    three, four = (consistency_grid(objective.schedule, n, spacing="angle")[:-1] for n in (3, 4))
+    assert taken[-3:] == list(three)
+    assert read_note(final) == LcmNote("bundled", spacing="angle")
+    told = f"timesteps={[int(t) for t in four]}, guidance_scale=1.0"
+    assert told in (final / "README.md").read_text("utf-8")
 
 
 def test_pictures_show_the_teacher_and_the_student_in_few_steps(folder: Path) -> None:

@@ -47,6 +47,7 @@ REFUSED: list[tuple[str, str, Any, str]] = [
     ("lcm", "model", "other", 'model="bundled"'),
     ("lcm", "lora.alpha", 32.0, "lora.alpha=16.0"),
     ("lcm", "lcm.original_steps", 25, "lcm.original_steps=50, not 25"),
+    ("lcm", "lcm.spacing", "angle", 'lcm.spacing="even", not "angle"'),
     ("lcm", "lcm.timestep_scaling", 5.0, "lcm.timestep_scaling=10.0, not 5.0"),
     ("lcm", "lcm.full", True, "lcm.full=false, not true"),
     ("unet", "autoencoder", "other", 'autoencoder="a"'),
@@ -69,6 +70,7 @@ ALLOWED: list[tuple[str, str, Any]] = [
     ("lora", "lora.formats", ["kohya"]),
     ("lora", "begin_from", "elsewhere"),  # it was read before the first step
     ("lcm", "lcm.huber", None),
+    ("lcm", "lcm.stride", 2),
     ("lcm", "data", {"source": "others"}),
     ("unet", "caption_dropout", 0.5),
 ]

@@ -38,7 +38,7 @@ class Watched(LoraObjective):
         self.asked.append(len(group["t"]))
         return super()._errors(group)
 
-    def _draw(self, pipe: Any, steps: int, guidance: float) -> list[Image.Image]:
+    def _draw(self, pipe: Any, steps: int | list[int], guidance: float) -> list[Image.Image]:
         self.draws += 1
         return super()._draw(pipe, steps, guidance)
 
