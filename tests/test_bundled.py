@@ -12,6 +12,8 @@ import torch
 
 from ldm_pipeline import LatentDiffusionPipeline, load
 from ldm_pipeline.data.world import Description, World
+from ldm_pipeline.diffusion import Schedule
+from ldm_pipeline.diffusion.grids import consistency_grid
 from ldm_pipeline.evaluation.report import judged
 from ldm_pipeline.evaluation.retrieval import caption_accuracy
 from ldm_pipeline.models import bundled
@@ -93,10 +95,12 @@ def test_the_few_step_adapter_is_stock_s_too(pipe: Any) -> None:
     stock.load_lora_weights(bundled.folder() / "lcm")
     stock.scheduler = LCMScheduler.from_config(stock.scheduler.config)
     settings: dict[str, Any] = {"num_inference_steps": 4, "output_type": "np"}
+    levels = consistency_grid(Schedule.from_config(pipe.scheduler.config), 4, spacing="angle")
+    told = {"timesteps": [int(t) for t in levels[:-1]], "guidance_scale": 1.0, "output_type": "np"}
     generators = [torch.Generator().manual_seed(3) for _ in range(2)]
     before = pipe("a red star", seed=3, **settings).images
     ours = pipe("a red star", generator=generators[0], lcm=True, **settings).images
-    theirs = stock("a red star", generator=generators[1], guidance_scale=1.0, **settings).images
+    theirs = stock("a red star", generator=generators[1], **told).images
     assert np.abs(ours - theirs).max() < 1e-4
     assert np.array_equal(pipe("a red star", seed=3, **settings).images, before), "no trace is left"
 

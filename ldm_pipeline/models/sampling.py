@@ -36,8 +36,8 @@ def choose_sampler(
 
     `eta` is for those that know it: DDIM, and stock schedulers that accept one. None is 0, and of
     those called by name their own default. Custom `timesteps` or `sigmas`, descending,
-    replace the sampler's own grid. `consistency` is what "lcm" means and the grid of "tcd", unless
-    these are the default.
+    replace the sampler's own grid. `consistency` is what "lcm" means and how many levels "tcd" has,
+    which stock spaces evenly, unless these are the default.
     Raises `UserError` where a stock scheduler takes neither.
     """
     chosen_timesteps = tuple(timesteps) if timesteps is not None else None
