@@ -33,6 +33,7 @@ from ldm_pipeline.diffusion.consistency import (
 )
 from ldm_pipeline.diffusion.denoiser import make_denoiser
 from ldm_pipeline.diffusion.grids import consistency_grid
+from ldm_pipeline.diffusion.schedule import Schedule
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.files import FILE_NAME
 from ldm_pipeline.lora.notes import LcmNote
@@ -40,6 +41,7 @@ from ldm_pipeline.training.adapter_config import AdapterConfig, AdapterSettings,
 from ldm_pipeline.training.adapting import AdapterObjective, OpenModel, Pictures
 from ldm_pipeline.training.captioned import Captioned, CaptionedSettings
 from ldm_pipeline.training.config import NonNegativeFloat, Positive, PositiveFloat, Settings
+from ldm_pipeline.training.levels import levels_of
 from ldm_pipeline.training.start import precision
 from ldm_pipeline.training.updates import MovingAverage
 from ldm_pipeline.training.world_data import CachedWorldSettings
@@ -140,13 +142,13 @@ class LcmObjective(AdapterObjective):
     config: LcmConfig
 
     def __init__(self, config: LcmConfig, open_model: OpenModel) -> None:
-        super().__init__(config, open_model, config.read())
-        levels, steps = self.schedule.num_train_timesteps, config.lcm.original_steps
-        if steps > levels:
-            raise UserError(
-                f"lcm.original_steps={steps} must be at most the model's {levels} levels"
-            )
-        self.pairs = neighbours(self.schedule, steps, config.lcm.spacing, config.lcm.stride)[::-1]
+        def opened(model: str, dtype: torch.dtype) -> Any:
+            """The model, whose levels are looked at before its pictures are encoded."""
+            pipe = open_model(model, dtype)
+            self.pairs = _pairs(config.lcm, levels_of(pipe, zero_terminal=False)[1])
+            return pipe
+
+        super().__init__(config, opened, config.read())
         self.silence = self._spoken([""])
         self._average: MovingAverage | None = None
 
@@ -249,6 +251,15 @@ class LcmObjective(AdapterObjective):
             "steps": f"{'timesteps' if isinstance(steps, list) else 'num_inference_steps'}={steps}",
         }
         return USE.format(**values)
+
+
+def _pairs(lcm: DistillationSettings, schedule: Schedule) -> tuple[tuple[float, float], ...]:
+    """The pairs of levels that are trained, from the least noise; `UserError` where the model has
+    fewer levels than are asked for."""
+    levels, steps = schedule.num_train_timesteps, lcm.original_steps
+    if steps > levels:
+        raise UserError(f"lcm.original_steps={steps} must be at most the model's {levels} levels")
+    return neighbours(schedule, steps, lcm.spacing, lcm.stride)[::-1]
 
 
 USE = """    ldm generate "…" --model {base} --lcm {name} --steps 4

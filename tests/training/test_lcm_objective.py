@@ -478,6 +478,7 @@ def test_mistakes_are_named(folder: Path) -> None:
         ({"lcm": {"target": "average"}}, "needs optimiser.ema_decay"),
         ({"world": {"picturs": 3}}, "did you mean 'pictures'"),
         ({"lcm": {"original_steps": 1001}}, "lcm.original_steps=1001: must be at most 1000"),
+        ({"lcm": {"full": True, "spacing": "angle"}, "lora": {}}, "goes with lcm.spacing=even"),
     ):
         with pytest.raises(UserError, match=words):
             validated(LcmConfig, {**told, **change}, "some.yaml")
@@ -488,6 +489,11 @@ def test_mistakes_are_named(folder: Path) -> None:
 
     with pytest.raises(UserError, match=r"original_steps=501 must be at most the model's 500"):
         LcmObjective(config_of(folder, lcm={"original_steps": 501}), few_levels)
+    close = config_of(folder, lcm={"original_steps": 400, "spacing": "angle"})
+    with pytest.raises(UserError, match=r"original_steps=400 are too many for spacing='angle'"):
+        LcmObjective(close, few_levels)
+    assert close.data is not None
+    assert not close.data.cache.exists(), "they were found before pictures were encoded"
 
 
 def test_a_student_to_go_on_from_is_looked_for_before_a_model_is_opened(folder: Path) -> None:
