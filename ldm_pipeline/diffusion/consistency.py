@@ -16,6 +16,7 @@ Legend
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain, repeat
 
 import torch
 from torch import Tensor
@@ -43,7 +44,7 @@ def neighbours(
     learns to leave it.)
     """
     known = distilled_levels(schedule, original_steps, spacing=spacing)
-    return tuple(zip(known, (*known[stride:], *[CLEAN] * stride), strict=False))
+    return tuple(zip(known, chain(known[stride:], repeat(CLEAN)), strict=False))
 
 
 def consistency_function(

@@ -216,7 +216,8 @@ class LcmObjective(AdapterObjective):
         own = pipe.scheduler
         pipe.scheduler = self._scheduler(own)
         try:
-            return self._draw(pipe, self._few(self.config.pictures.few), 1.0)
+            steps = _steps(self.config.lcm, self.schedule, self.config.pictures.few)
+            return self._draw(pipe, steps, 1.0)
         finally:
             pipe.scheduler = own
 
@@ -233,16 +234,8 @@ class LcmObjective(AdapterObjective):
         note = LcmNote(self.config.model, lcm.original_steps, lcm.timestep_scaling, lcm.spacing)
         return note.texts()
 
-    def _few(self, n: int) -> int | list[int]:
-        """n steps as stock schedulers are told them: their levels, if not the even ones."""
-        lcm = self.config.lcm
-        if lcm.spacing == LcmNote.spacing:
-            return n
-        levels = consistency_grid(self.schedule, n, lcm.original_steps, spacing=lcm.spacing)
-        return [int(t) for t in levels[:-1]]
-
     def _use(self) -> str:
-        steps = self._few(4)
+        steps = _steps(self.config.lcm, self.schedule, 4)
         values = {
             "name": FILE_NAME,
             "base": self.config.model,
@@ -260,6 +253,14 @@ def _pairs(lcm: DistillationSettings, schedule: Schedule) -> tuple[tuple[float, 
     if steps > levels:
         raise UserError(f"lcm.original_steps={steps} must be at most the model's {levels} levels")
     return neighbours(schedule, steps, lcm.spacing, lcm.stride)[::-1]
+
+
+def _steps(lcm: DistillationSettings, schedule: Schedule, n: int) -> int | list[int]:
+    """n steps as stock schedulers are told them: their levels, if not the even ones."""
+    if lcm.spacing == LcmNote.spacing:
+        return n
+    levels = consistency_grid(schedule, n, lcm.original_steps, spacing=lcm.spacing)
+    return [int(t) for t in levels[:-1]]
 
 
 USE = """    ldm generate "…" --model {base} --lcm {name} --steps 4

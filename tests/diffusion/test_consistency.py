@@ -139,6 +139,7 @@ def test_the_grid_is_that_of_the_sampler_and_ends_in_clean() -> None:
     far = neighbours(SCHEDULE, stride=3)
     assert [t for t, _ in far] == [t for t, _ in PAIRS]
     assert [s for _, s in far] == [*(t for t, _ in PAIRS[3:]), CLEAN, CLEAN, CLEAN]
+    assert {s for _, s in neighbours(SCHEDULE, stride=10**12)} == {CLEAN}
     turned = distilled_levels(SCHEDULE, 50, spacing="angle")
     assert neighbours(SCHEDULE, 50, "angle") == tuple(pairwise((*turned, CLEAN)))
 

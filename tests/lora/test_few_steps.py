@@ -21,13 +21,13 @@ from safetensors.torch import save_file
 
 from ldm_pipeline import LatentDiffusionPipeline
 from ldm_pipeline.diffusion import Schedule
-from ldm_pipeline.diffusion.grids import consistency_grid
+from ldm_pipeline.diffusion.grids import DISTILLED, consistency_grid
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.attach import attach
 from ldm_pipeline.lora.few_steps import few_step_unet
 from ldm_pipeline.lora.files import save
 from ldm_pipeline.lora.inject import inject
-from ldm_pipeline.lora.notes import LcmNote, read_note
+from ldm_pipeline.lora.notes import SPACINGS, LcmNote, read_note
 from ldm_pipeline.lora.targets import LoraSettings
 from ldm_pipeline.models import bundled
 from tests.conftest import tiny_unet
@@ -350,6 +350,7 @@ def test_a_note_that_makes_no_sense_is_refused(make: Any, text: str) -> None:
     file: Path = make("few", note=LcmNote("some"))
     assert read_note(file) == LcmNote("some")
     assert read_note(make("published")) == LcmNote()
+    assert SPACINGS == DISTILLED
     contents = file.read_bytes()
     (length,) = struct.unpack("<Q", contents[:8])
     header = json.loads(contents[8 : 8 + length])

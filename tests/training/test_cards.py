@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from ldm_pipeline.diffusion import Schedule
 from ldm_pipeline.models.conditioning import OneEncoder, TwoEncoders
 from ldm_pipeline.training.lcm import LcmConfig, LcmObjective
 from ldm_pipeline.training.lora import LoraConfig
@@ -22,6 +23,7 @@ def test_a_card_says_how_to_draw_here_and_in_stock(kind: type) -> None:
     assert 'ldm generate "…" --model a/model --lora pytorch_lora_weights.safetensors' in card
     assert 'pipeline.load_lora_weights("pytorch_lora_weights.safetensors")' in card
     few = LcmConfig.model_validate(TOLD)
-    use = LcmObjective._use(SimpleNamespace(config=few, conditioning=kind))  # type: ignore[arg-type]
+    told = SimpleNamespace(config=few, conditioning=kind, schedule=Schedule.linear())
+    use = LcmObjective._use(told)  # type: ignore[arg-type]
     assert 'ldm generate "…" --model a/model --lcm pytorch_lora_weights.safetensors' in use
     assert 'pipeline.load_lora_weights("pytorch_lora_weights.safetensors")' in use
