@@ -271,6 +271,7 @@ def test_emulated_bfloat16_is_said(
         ({"avx512_bf16": False, "amx_bf16": False}, "bfloat16", True),
         ({"avx512_bf16": False, "amx_bf16": False}, "float32", False),
         ({"avx512_bf16": False, "amx_bf16": True}, "bfloat16", False),
+        ({"avx512_bf16": True, "cpu_name": "Intel Xeon"}, "bfloat16", False),
         ({"architecture": "aarch64"}, "bfloat16", False),
     ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda able=able: able)

@@ -26,19 +26,25 @@ _told: WeakSet[nn.Module] = WeakSet()
 
 
 def has_bfloat16(device: str) -> bool:
-    """Whether a kind of device multiplies bfloat16: all GPUs that CUDA calls able, and CPUs with
-    AVX512-BF16 or AMX."""
+    """Whether a kind of device multiplies bfloat16 sooner than float32: all GPUs that CUDA calls
+    able, and CPUs with AMX, or with AVX512-BF16 unless they are Intel's.
+
+    A Xeon with both does it by AMX; where a virtual machine hides that, AVX512-BF16 multiplied
+    matrices at 0.53 of float32's rate, convolutions too (170 GFLOP/s for 318, on 2 cores).
+    """
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities() if device == "cpu" else {}
-    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+    if able.get("amx_bf16"):
+        return True
+    return bool(able.get("avx512_bf16")) and not str(able.get("cpu_name")).startswith("Intel")
 
 
 def emulates_bfloat16() -> bool:
     """Whether this CPU is known to emulate it, some 30 times slower than it computes in float32;
     torch tells it of Intel's and AMD's."""
-    told = torch.cpu.get_capabilities().get("avx512_bf16")
-    return told is False and not has_bfloat16("cpu")
+    able = torch.cpu.get_capabilities()
+    return able.get("avx512_bf16") is False and not able.get("amx_bf16")
 
 
 def finite(vae: Any, x: Tensor, ask: Callable[[Any, Tensor], Tensor]) -> Tensor:

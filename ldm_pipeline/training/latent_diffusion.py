@@ -6,7 +6,7 @@ Legend
     embeds   text embeddings [B, L, C]; a dropped caption is the empty text (2207.12598)
 
 Position p of the run is picture p of an endless sequence of shuffled passes over the cached
-pictures; its caption is worded anew in each pass.
+pictures, some of which may come several times in each; its caption is worded anew each time.
 """
 
 from __future__ import annotations
@@ -27,10 +27,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ldm_pipeline.data.world import World
+from ldm_pipeline.data.world import KINDS, World
 from ldm_pipeline.diffusion.losses import Loss, denoising_errors, denoising_loss
+from ldm_pipeline.diffusion.prediction import interpret
 from ldm_pipeline.diffusion.schedule import Schedule
-from ldm_pipeline.errors import UserError
+from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.models import autoencoder
 from ldm_pipeline.models.quiet import quiet_transformers
 from ldm_pipeline.models.text import tokenise
@@ -41,6 +42,7 @@ from ldm_pipeline.training.config import (
     NonNegativeFloat,
     Positive,
     PositiveFloat,
+    Settings,
     ShapeSettings,
     TrainingConfig,
     must_divide,
@@ -49,6 +51,7 @@ from ldm_pipeline.training.halving import halved
 from ldm_pipeline.training.layout import FINE, LayoutHead, Listener, WordsHead, labels_of
 from ldm_pipeline.training.levels import LevelSettings
 from ldm_pipeline.training.objective import Batch
+from ldm_pipeline.training.pixels import PixelLoss, a_corner
 from ldm_pipeline.training.shares import share_of
 from ldm_pipeline.training.start import attend_quickly, precision, take_weights
 from ldm_pipeline.training.world_data import (
@@ -100,6 +103,32 @@ class UnetSettings(ShapeSettings):
         return self
 
 
+class OftenSettings(Settings):
+    """Which pictures come more often than the others."""
+
+    kinds: tuple[str, ...] = Field(default=(), description="of things, each as KINDS calls it")
+    times: Positive = Field(default=2, description="a picture that holds one comes in each pass")
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        for kind in self.kinds:
+            choose("kinds", kind, KINDS)
+        return self
+
+
+class PixelSettings(Settings):
+    """A task beside the denoising: the error of x0 in pixels."""
+
+    weight: NonNegativeFloat = 0.0
+    decoder: Path | None = Field(default=None, description="folder of an AutoencoderTiny")
+
+    @model_validator(mode="after")
+    def _decodes(self) -> Self:
+        if self.weight and self.decoder is None:
+            raise ValueError(f"weight={self.weight} needs a decoder; name its folder")
+        return self
+
+
 class LatentDiffusionConfig(TrainingConfig):
     """Everything that `train/train_unet.py` reads."""
 
@@ -109,6 +138,7 @@ class LatentDiffusionConfig(TrainingConfig):
     train_text_encoder: bool = True
     model: UnetSettings = UnetSettings()
     data: CachedWorldSettings = CachedWorldSettings()
+    often: OftenSettings = OftenSettings()
     levels: LevelSettings = LevelSettings()
     caption_dropout: Fraction = 0.1
     layout_weight: NonNegativeFloat = Field(
@@ -117,6 +147,7 @@ class LatentDiffusionConfig(TrainingConfig):
     words_weight: NonNegativeFloat = Field(
         default=0.0, description="of naming it from the words alone: teaches the text encoder"
     )
+    pixels: PixelSettings = PixelSettings()
     min_snr_gamma: PositiveFloat | None = Field(
         default=None, description="min-SNR weights (2303.09556), capped here; 5 is usual"
     )
@@ -157,24 +188,32 @@ class LatentDiffusionObjective(nn.Module):
         self.words: WordsHead | None = None
         if config.words_weight:
             self.words = WordsHead(self.text_encoder.config.hidden_size, side=8)
+        self.pixels: PixelLoss | None = None
+        if config.pixels.weight:
+            assert config.pixels.decoder is not None
+            channels = self.unet.config.in_channels
+            self.pixels = PixelLoss(config.pixels.decoder, channels, self._device)
         self.schedule = Schedule.from_config(SCHEDULER)
         gamma = config.min_snr_gamma
         self.loss = Loss() if gamma is None else Loss("min_snr", gamma)
         self._vae = [AutoencoderKL.from_pretrained(config.autoencoder)]  # in a list: not trained
         self.mean, self.std = self._cached()
+        self.pictures = self._pictures()
 
     def batch(self, positions: range) -> Batch:
         """Latents, tokens, noise and levels of these positions."""
-        n, seed = self.config.data.pictures, self.config.run.seed
-        indices, captions, levels, labels = [], [], [], []
+        n, seed = len(self.pictures), self.config.run.seed
+        indices, captions, levels, labels, corners = [], [], [], [], []
         for position in positions:
-            index = int(_order(n, seed, position // n)[position % n])
+            index = self.pictures[_order(n, seed, position // n)[position % n]]
             rng = np.random.default_rng([seed, 3, position])
             indices.append(index)
             captions.append(self._caption(index, rng))
             levels.append(self.config.levels.draw(rng, self.schedule.num_train_timesteps))
             if self.layout is not None or self.words is not None:
                 labels.append(labels_of(self.world.told(index)[0], FINE * self.mean.shape[-1]))
+            if self.pixels is not None:
+                corners.append(a_corner(rng, self.mean.shape[-1]))
         shape = self.mean.shape[1:]
         mean, std = self.mean[indices].float(), self.std[indices].float()
         noise = noise_of(positions, (2, *shape), seed)
@@ -187,6 +226,8 @@ class LatentDiffusionObjective(nn.Module):
         }
         if labels:
             batch["labels"] = torch.from_numpy(np.stack(labels))
+        if corners:
+            batch["corner"] = torch.tensor(corners)
         return batch
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -196,15 +237,14 @@ class LatentDiffusionObjective(nn.Module):
         a mean that is weighted so, too, wherever it is not sure yet: things grew into large blots.
         """
         embeds = self.text_encoder(batch["tokens"])[0]
-        denoising = denoising_loss(
-            bind(self.unet, embeds),
-            self.schedule,
-            PREDICTS,
-            batch["z"],
-            batch["eps"],
-            batch["t"],
-            self.loss,
-        )
+        network = bind(self.unet, embeds)
+        z, t, answers = batch["z"], batch["t"], []
+
+        def told_of(x: Tensor, t: Tensor) -> Tensor:
+            answers.append((x, network(x, t)))
+            return answers[-1][1]
+
+        denoising = denoising_loss(told_of, self.schedule, PREDICTS, z, batch["eps"], t, self.loss)
         told = {"denoising": denoising}
         loss = denoising
         if self.layout is not None:
@@ -214,6 +254,12 @@ class LatentDiffusionObjective(nn.Module):
         if self.words is not None:
             told["words_layout"] = self.words(embeds, batch["labels"])
             loss = loss + self.config.words_weight * told["words_layout"]
+        if self.pixels is not None:
+            (x, answer), a_sig = answers[0], self.schedule.coefficients(t, like=z)
+            x0 = interpret(PREDICTS, answer.to(z.dtype), x, *a_sig).x0
+            snr = self.schedule.log_snr(t).exp()
+            told["pixels"] = self.pixels(z, x0, snr, batch["corner"])
+            loss = loss + self.config.pixels.weight * told["pixels"]
         return {"loss": loss, **told}
 
     @torch.no_grad()
@@ -256,6 +302,15 @@ class LatentDiffusionObjective(nn.Module):
         if rng.random() < self.config.caption_dropout:
             return ""
         return fresh_caption(self.world, index, rng)
+
+    def _pictures(self) -> list[int]:
+        """The pictures of one pass: all, and those with things of `often.kinds` several times."""
+        often, n = self.config.often, self.config.data.pictures
+        if not often.kinds:
+            return list(range(n))
+        scenes = (self.world.told(index)[0] for index in range(n))
+        held = [any(thing.kind in often.kinds for thing in scene.things) for scene in scenes]
+        return [index for index in range(n) for _ in range(often.times if held[index] else 1)]
 
     def _cached(self) -> tuple[Tensor, Tensor]:
         """Mean and std of all pictures' latents; see `cached_latents`."""

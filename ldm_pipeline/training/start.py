@@ -97,8 +97,8 @@ def precision(asked: str, device: str | None = None) -> str:
     """What `mixed_precision` comes to on a kind of device (the process's own unless one is named):
     "no", "bf16" or "fp16".
 
-    "auto" is bf16 where the hardware multiplies it (there about twice as fast) and float32
-    elsewhere.
+    "auto" is bf16 where the hardware multiplies it sooner than float32 (about twice as fast), and
+    float32 elsewhere.
     """
     if asked != "auto":
         return asked

@@ -34,7 +34,7 @@ from transformers import CLIPTextModel
 
 from ldm_pipeline import LatentDiffusionPipeline
 from ldm_pipeline.data import rows
-from ldm_pipeline.data.world import Description, Scene
+from ldm_pipeline.data.world import KINDS, Description, Scene
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora import files
 from ldm_pipeline.training import clip, world_pictures
@@ -346,6 +346,7 @@ SHOWN = {"pictures.prompts": ["red"], "pictures.steps": 1}
 NOT_UNIFORM = {"levels.uniform": 0.0}
 SEEDED = {"run.seed": 1}
 """What was trained before was begun with another seed, 0."""
+PIXELS = {"pixels.weight": 0.5, "pixels.decoder": "small decoder"}
 
 PICTURES = {
     "data.source": Change(samples, "others"),
@@ -515,6 +516,10 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "layout_weight": Change(loss, 0.5),
         "words_weight": Change(loss, 0.5),
         "min_snr_gamma": Change(loss, 1.0),
+        "often.kinds": Change(batch, list(KINDS[:14])),
+        "often.times": Change(batch, 3, {"often.kinds": list(KINDS[:14])}),
+        "pixels.weight": Change(loss, 0.5, {"pixels.decoder": "small decoder"}),
+        "pixels.decoder": Change(loss, "another small decoder", PIXELS),
     },
 }  # fmt: skip
 """What each kind of training adds, and where the seed shows in it."""
@@ -615,6 +620,8 @@ def models(place: Path, _inside: None) -> None:
     another.vae.save_pretrained(place / "another autoencoder")
     another_small = SmallDecoderObjective(config_of(SmallDecoderConfig, SEEDED))
     another_small.export(place / "small decoder", 0)
+    third_small = SmallDecoderObjective(config_of(SmallDecoderConfig, {"run.seed": 2}))
+    third_small.export(place / "another small decoder", 0)
     shutil.copytree(place / "text", place / "another text")
     encoder = CLIPTextModel.from_pretrained(place / "text" / "text_encoder")
     with torch.no_grad():

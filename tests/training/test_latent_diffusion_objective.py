@@ -13,14 +13,18 @@ from diffusers import StableDiffusionPipeline
 
 from ldm_pipeline import load
 from ldm_pipeline.data.world import World
+from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import autoencoder
 from ldm_pipeline.training.latent_diffusion import (
     LatentDiffusionConfig,
     LatentDiffusionObjective,
+    OftenSettings,
+    PixelSettings,
     UnetSettings,
 )
 from ldm_pipeline.training.levels import LevelSettings
 from ldm_pipeline.training.world_data import as_tensor
+from tests.conftest import tiny_small_vae
 from tests.training import laws
 
 PICTURES = 8
@@ -73,6 +77,81 @@ def test_every_pass_sees_every_picture_once(objective: LatentDiffusionObjective)
         orders.append(tuple(distances.argmin(dim=1).tolist()))
         assert sorted(orders[-1]) == list(range(PICTURES))
     assert len(set(orders)) == 3
+
+
+def test_pictures_of_some_kinds_come_several_times_in_each_pass(
+    built: LatentDiffusionObjective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each as often as asked, the others once, and no pass leaves one out."""
+    scenes = [World(0).told(index)[0] for index in range(PICTURES)]
+    kind = next(scene.things[0].kind for scene in scenes if scene.things)
+    held = [any(thing.kind == kind for thing in scene.things) for scene in scenes]
+    assert 0 < sum(held) < PICTURES
+    often = OftenSettings(kinds=(kind,), times=3)
+    still = torch.zeros_like(built.std)
+    monkeypatch.setattr(LatentDiffusionObjective, "_cached", lambda _: (built.mean, still))
+    objective = LatentDiffusionObjective(built.config.model_copy(update={"often": often}))
+    n = PICTURES + 2 * sum(held)
+    for epoch in range(2):
+        z = objective.batch(range(epoch * n, (epoch + 1) * n))["z"]
+        distances = (z[:, None] - objective.mean.float()).flatten(2).norm(dim=-1)
+        times = distances.argmin(dim=1).bincount(minlength=PICTURES).tolist()
+        assert times == [3 if here else 1 for here in held]
+
+
+def test_kinds_and_decoders_that_are_not_there_are_refused(
+    built: LatentDiffusionObjective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ValueError, match=r"kinds='stars' is not known.* did you mean 'star'\?"):
+        OftenSettings(kinds=("stars",))
+    with pytest.raises(ValueError, match=r"weight=0.5 needs a decoder"):
+        PixelSettings(weight=0.5)
+    monkeypatch.setattr(LatentDiffusionObjective, "_cached", lambda _: (built.mean, built.std))
+    tiny_small_vae(latent_channels=8).save_pretrained(tmp_path / "eight")
+    (tmp_path / "none").mkdir()
+    for name, why in (
+        ("eight", "decodes latents of 8 channels; the autoencoder's have 4"),
+        ("none", "holds no small decoder"),
+        ("nowhere", "holds no small decoder"),
+    ):
+        pixels = PixelSettings(weight=0.5, decoder=tmp_path / name)
+        with pytest.raises(UserError, match=f"pixels.decoder: .*{name} {why}"):
+            LatentDiffusionObjective(built.config.model_copy(update={"pixels": pixels}))
+
+
+def test_an_error_in_pixels_is_that_of_what_the_decoder_shows(
+    built: LatentDiffusionObjective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each sample's own window, in the decoder's own units, weighted by its level; the decoder
+    is not trained."""
+    small = tiny_small_vae()
+    small.save_pretrained(tmp_path)
+    monkeypatch.setattr(LatentDiffusionObjective, "_cached", lambda _: (built.mean, built.std))
+    pixels = PixelSettings(weight=0.5, decoder=tmp_path)
+    objective = LatentDiffusionObjective(built.config.model_copy(update={"pixels": pixels}))
+    assert objective.pixels is not None
+
+    batch = objective.batch(range(64))
+    side = batch["z"].shape[-1]
+    assert batch["corner"].min() == 0  # every window that fits, and none beyond
+    assert batch["corner"].max() == side - side // 2
+    (z, x0), corner = (batch[name][:2] for name in ("z", "eps")), batch["corner"][:2]
+    expected = 0.0
+    for i, weight in enumerate((0.25, 10.0)):
+        row, column = corner[i].tolist()
+        cut = slice(row, row + side // 2), slice(column, column + side // 2)
+        shown, truth = (small.decoder(told[None, i, :, *cut] / 0.7) for told in (x0, z))
+        expected += weight * float((shown - truth).square().mean()) / 2
+    told = objective.pixels(z, x0, torch.tensor([0.25, 1e4]), corner)
+    assert float(told) == pytest.approx(expected, rel=1e-5)
+    assert float(objective.pixels(z, z, torch.ones(2), corner)) == 0
+
+    measures = objective({name: value[:2] for name, value in batch.items()})
+    loss = float(measures["loss"])
+    assert loss == pytest.approx(float(measures["denoising"] + 0.5 * measures["pixels"]), rel=1e-6)
+    assert not any("decoder" in name for name, _ in objective.named_parameters())
+    laws.a_batch_is_a_function_of_its_positions(objective)
+    laws.everything_trained_has_a_gradient(objective)
 
 
 def test_the_asked_share_of_captions_is_dropped(built: LatentDiffusionObjective) -> None:

@@ -55,9 +55,13 @@ def test_another_shape_is_refused_in_one_line(tmp_path: Path, other: nn.Module) 
     assert "\n" not in str(refusal.value)
 
 
-def test_auto_is_bf16_where_the_processor_multiplies_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_is_bf16_where_the_processor_is_quicker_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Intel's are with AMX alone."""
     for able, expected in (
         ({"avx512_bf16": True, "amx_bf16": False}, "bf16"),
+        ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "AMD EPYC 9B45"}, "bf16"),
+        ({"avx512_bf16": True, "amx_bf16": False, "cpu_name": "Intel Xeon"}, "no"),
+        ({"avx512_bf16": True, "amx_bf16": True, "cpu_name": "Intel Xeon"}, "bf16"),
         ({"avx512_bf16": False, "amx_bf16": True}, "bf16"),
         ({"avx512_bf16": False, "amx_bf16": False}, "no"),
         ({"architecture": "aarch64"}, "no"),
