@@ -51,7 +51,7 @@ from ldm_pipeline.training.halving import halved
 from ldm_pipeline.training.layout import FINE, LayoutHead, Listener, WordsHead, labels_of
 from ldm_pipeline.training.levels import LevelSettings
 from ldm_pipeline.training.objective import Batch
-from ldm_pipeline.training.pixels import PixelLoss, a_corner
+from ldm_pipeline.training.pixels import PixelSettings, Windows, a_corner
 from ldm_pipeline.training.shares import share_of
 from ldm_pipeline.training.start import attend_quickly, precision, take_weights
 from ldm_pipeline.training.world_data import (
@@ -81,6 +81,10 @@ SCHEDULER: dict[str, object] = {
 }
 """DDPM's linear schedule: on latents of 16 x 16 the scaled one of Stable Diffusion leaves so much
 signal at its last level that the starting noise would decide the background's colour."""
+
+
+MOST_SNR = 10.0
+"""An error in pixels weighs its level's signal-to-noise ratio, capped here (as 2303.09556 does)."""
 
 
 class UnetSettings(ShapeSettings):
@@ -113,19 +117,6 @@ class OftenSettings(Settings):
     def _known(self) -> Self:
         for kind in self.kinds:
             choose("kinds", kind, KINDS)
-        return self
-
-
-class PixelSettings(Settings):
-    """A task beside the denoising: the error of x0 in pixels."""
-
-    weight: NonNegativeFloat = 0.0
-    decoder: Path | None = Field(default=None, description="folder of an AutoencoderTiny")
-
-    @model_validator(mode="after")
-    def _decodes(self) -> Self:
-        if self.weight and self.decoder is None:
-            raise ValueError(f"weight={self.weight} needs a decoder; name its folder")
         return self
 
 
@@ -188,11 +179,7 @@ class LatentDiffusionObjective(nn.Module):
         self.words: WordsHead | None = None
         if config.words_weight:
             self.words = WordsHead(self.text_encoder.config.hidden_size, side=8)
-        self.pixels: PixelLoss | None = None
-        if config.pixels.weight:
-            assert config.pixels.decoder is not None
-            channels = self.unet.config.in_channels
-            self.pixels = PixelLoss(config.pixels.decoder, channels, self._device)
+        self.shown = Windows(config.pixels, self.unet) if config.pixels.weight else None
         self.schedule = Schedule.from_config(SCHEDULER)
         gamma = config.min_snr_gamma
         self.loss = Loss() if gamma is None else Loss("min_snr", gamma)
@@ -212,8 +199,8 @@ class LatentDiffusionObjective(nn.Module):
             levels.append(self.config.levels.draw(rng, self.schedule.num_train_timesteps))
             if self.layout is not None or self.words is not None:
                 labels.append(labels_of(self.world.told(index)[0], FINE * self.mean.shape[-1]))
-            if self.pixels is not None:
-                corners.append(a_corner(rng, self.mean.shape[-1]))
+            if self.shown is not None:
+                corners.append(a_corner(rng))
         shape = self.mean.shape[1:]
         mean, std = self.mean[indices].float(), self.std[indices].float()
         noise = noise_of(positions, (2, *shape), seed)
@@ -227,7 +214,7 @@ class LatentDiffusionObjective(nn.Module):
         if labels:
             batch["labels"] = torch.from_numpy(np.stack(labels))
         if corners:
-            batch["corner"] = torch.tensor(corners)
+            batch["corner"] = torch.stack(corners)
         return batch
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
@@ -254,13 +241,20 @@ class LatentDiffusionObjective(nn.Module):
         if self.words is not None:
             told["words_layout"] = self.words(embeds, batch["labels"])
             loss = loss + self.config.words_weight * told["words_layout"]
-        if self.pixels is not None:
-            (x, answer), a_sig = answers[0], self.schedule.coefficients(t, like=z)
-            x0 = interpret(PREDICTS, answer.to(z.dtype), x, *a_sig).x0
-            snr = self.schedule.log_snr(t).exp()
-            told["pixels"] = self.pixels(z, x0, snr, batch["corner"])
+        if self.shown is not None:
+            told["pixels"] = self._in_pixels(*answers[0], batch)
             loss = loss + self.config.pixels.weight * told["pixels"]
         return {"loss": loss, **told}
+
+    def _in_pixels(self, x: Tensor, answer: Tensor, batch: Batch) -> Tensor:
+        """The mean squared error in pixels of what the network's answer about x says is x0."""
+        assert self.shown is not None
+        z, t, corner = batch["z"], batch["t"], batch["corner"]
+        x0 = interpret(PREDICTS, answer.to(z.dtype), x, *self.schedule.coefficients(t, like=z)).x0
+        with torch.no_grad():
+            truth = self.shown(z, corner)
+        errors = (self.shown(x0, corner) - truth).square().flatten(1).mean(dim=1)
+        return (self.schedule.log_snr(t).exp().clamp(max=MOST_SNR) * errors).mean()
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

@@ -18,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from diffusers import LCMScheduler
 from PIL.Image import Image
 from pydantic import Field, model_validator
@@ -42,6 +43,7 @@ from ldm_pipeline.training.adapting import AdapterObjective, OpenModel, Pictures
 from ldm_pipeline.training.captioned import Captioned, CaptionedSettings
 from ldm_pipeline.training.config import NonNegativeFloat, Positive, PositiveFloat, Settings
 from ldm_pipeline.training.levels import levels_of
+from ldm_pipeline.training.pixels import PixelSettings, Windows, a_corner, window
 from ldm_pipeline.training.start import precision
 from ldm_pipeline.training.updates import MovingAverage
 from ldm_pipeline.training.world_data import CachedWorldSettings
@@ -84,6 +86,7 @@ class DistillationSettings(Settings):
         default=False, description="train a whole UNet that hears w, and no adapter (lora.*)"
     )
     w_channels: Positive = Field(default=256, description="in which a full one hears w")
+    pixels: PixelSettings = PixelSettings()
 
     def kept_on_resume(self) -> Collection[str]:
         """The student knows these levels, by this boundary condition, and hears w so or not."""
@@ -142,10 +145,14 @@ class LcmObjective(AdapterObjective):
     config: LcmConfig
 
     def __init__(self, config: LcmConfig, open_model: OpenModel) -> None:
+        self.shown: Windows | None = None
+
         def opened(model: str, dtype: torch.dtype) -> Any:
             """The model, whose levels are looked at before its pictures are encoded."""
             pipe = open_model(model, dtype)
             self.pairs = _pairs(config.lcm, levels_of(pipe, zero_terminal=False)[1])
+            if config.lcm.pixels.weight:
+                self.shown = Windows(config.lcm.pixels, pipe.unet, model == "bundled")
             return pipe
 
         super().__init__(config, opened, config.read())
@@ -161,11 +168,9 @@ class LcmObjective(AdapterObjective):
         """The pair of levels and the guidance strength of a sample."""
         t, s = self.pairs[int((rng.random() if share is None else share) * len(self.pairs))]
         low, high = self.config.lcm.w
-        return {
-            "t": torch.tensor(t),
-            "s": torch.tensor(s),
-            "w": torch.tensor(low + (high - low) * rng.random(), dtype=torch.float32),
-        }
+        w = torch.tensor(low + (high - low) * rng.random(), dtype=torch.float32)
+        drawn = {"t": torch.tensor(t), "s": torch.tensor(s), "w": w}
+        return drawn if self.shown is None else {**drawn, "corner": a_corner(rng)}
 
     def _ready(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
         """A group with its noisy latents and target: where the average says it, weights change."""
@@ -175,13 +180,26 @@ class LcmObjective(AdapterObjective):
         return {**cond, "x": x, "target": self._target(cond, x)}
 
     def _errors(self, group: dict[str, Tensor]) -> Tensor:
-        """The inconsistency of each sample of a group, [n]."""
+        """The inconsistency of each sample of a group, [n]; that of its pictures, too, if asked."""
         answer = self._student(group)(group["x"], group["t"])
-        target = group["target"]
+        errors = self._apart(answer, group["target"], group["mask"], group)
+        if self.shown is None:
+            return errors
+        corner = group["corner"]
+        with torch.no_grad():
+            target = self.shown(group["target"], corner)
+        answer = self.shown(answer, corner)
+        mask = F.interpolate(window(group["mask"], corner), answer.shape[2:])
+        return errors + self.config.lcm.pixels.weight * self._apart(answer, target, mask, group)
+
+    def _apart(
+        self, answer: Tensor, target: Tensor, mask: Tensor, group: Mapping[str, Tensor]
+    ) -> Tensor:
+        """How far two answers are apart, [n], in units of the level's noise if asked."""
         if self.config.lcm.units == "noise":
             _, sig = self.schedule.coefficients(group["t"], like=answer)
             answer, target = answer / sig, target / sig
-        return consistency_errors(answer, target, huber=self.config.lcm.huber, mask=group["mask"])
+        return consistency_errors(answer, target, huber=self.config.lcm.huber, mask=mask)
 
     @torch.no_grad()
     def _target(self, cond: Mapping[str, Tensor], x: Tensor) -> Tensor:

@@ -3,66 +3,70 @@
 The latents of an autoencoder do not all say as much: an error that nobody sees costs the denoising
 loss as much as one that smears a part into the next. Through the decoder each counts for what it
 changes in the picture (2411.04873 compares features of the decoder instead). Of each sample one
-window is decoded, a quarter of its latents, so that the task takes a tenth of a step and not half.
+window is decoded, a quarter of its latents, so that the task adds a fifteenth to a step.
 
 Legend
-    z, x0    clean latents and what the network believes of them, [B, C, h, w], in the UNet's units
-    corner   the window's upper left latent, [B, 2], rows first
+    z        latents [B, C, h, w], in the UNet's units
+    corner   where the window begins, [B, 2]: a share of the room that it has, rows first
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderTiny
+from pydantic import Field, model_validator
 from torch import Tensor
 
-from ldm_pipeline.errors import UserError
-
-MOST_SNR = 10.0
-"""An error of x0 weighs its level's signal-to-noise ratio, capped here (as 2303.09556 does)."""
+from ldm_pipeline.models import small_decoder
+from ldm_pipeline.training.config import NonNegativeFloat, Settings
 
 
-class PixelLoss:
-    """The mean squared error of the pictures of x0 and z, in [-1, 1], level by level.
+class PixelSettings(Settings):
+    """A task beside the one in latents: the error in pixels."""
 
-    The decoder stays as it is on `device`. Raises UserError where `folder` holds no AutoencoderTiny
-    or one for latents of other `channels`.
-    """
+    weight: NonNegativeFloat = 0.0
+    decoder: str | None = Field(
+        default=None, description="folder of an AutoencoderTiny for these latents"
+    )
 
-    def __init__(self, folder: Path, channels: int, device: torch.device) -> None:
-        try:
-            small = AutoencoderTiny.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise UserError(f"pixels.decoder: {folder} holds no small decoder ({error})") from error
-        if small.config.latent_channels != channels:
-            raise UserError(
-                f"pixels.decoder: {folder} decodes latents of {small.config.latent_channels} "
-                f"channels; the autoencoder's have {channels}"
-            )
+    @model_validator(mode="after")
+    def _decodes(self) -> PixelSettings:
+        if self.weight and self.decoder is None:
+            raise ValueError(f"weight={self.weight} needs a decoder; name its folder")
+        return self
+
+
+class Windows:
+    """Windows of latents as a small decoder shows them; the decoder itself is not trained."""
+
+    def __init__(self, settings: PixelSettings, unet: Any, of_bundled: bool = False) -> None:
+        """UserError where the decoder is not there, or not for latents of `unet`."""
+        assert settings.decoder is not None
+        place = small_decoder.find(settings.decoder, of_bundled)
+        small = small_decoder.opened(place, torch.float32)
+        small_decoder.check_fits(small, unet)
         self._scale: float = small.config.scaling_factor
-        self._decoder = small.decoder.requires_grad_(False).to(device)
+        self._decoder = small.decoder.requires_grad_(False)
 
-    def __call__(self, z: Tensor, x0: Tensor, snr: Tensor, corner: Tensor) -> Tensor:
-        """A scalar; snr is [B]."""
-        with torch.no_grad():
-            truth = self._decoder(window(z, corner) / self._scale)
-        shown = self._decoder(window(x0, corner) / self._scale)
-        errors = (shown - truth).float().square().flatten(1).mean(dim=1)
-        return (snr.clamp(max=MOST_SNR) * errors).mean()
+    def __call__(self, z: Tensor, corner: Tensor) -> Tensor:
+        """Pixels [B, 3, …] in [-1, 1]; they have z's gradient."""
+        self._decoder.to(z.device)
+        shown: Tensor = self._decoder(window(z, corner) / self._scale)
+        return shown.float()
 
 
-def a_corner(rng: np.random.Generator, side: int) -> list[int]:
-    """Where a window of latents of `side` x `side` begins."""
-    return rng.integers(0, side - side // 2 + 1, size=2).tolist()
+def a_corner(rng: np.random.Generator) -> Tensor:
+    """A window of any place, [2]."""
+    return torch.from_numpy(rng.random(2)).float()
 
 
 def window(z: Tensor, corner: Tensor) -> Tensor:
-    """A window of half of each side, [B, C, h/2, w/2], of each sample's own corner."""
+    """A window of half of each side of each sample, [B, C, h/2, w/2]."""
     row, column = (
-        corner[:, i, None] + torch.arange(side // 2, device=z.device)
+        (corner[:, i, None] * (side - side // 2 + 1)).long()
+        + torch.arange(side // 2, device=z.device)
         for i, side in enumerate(z.shape[2:])
     )
     sample = torch.arange(len(z), device=z.device)[:, None, None]

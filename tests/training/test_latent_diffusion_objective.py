@@ -19,10 +19,10 @@ from ldm_pipeline.training.latent_diffusion import (
     LatentDiffusionConfig,
     LatentDiffusionObjective,
     OftenSettings,
-    PixelSettings,
     UnetSettings,
 )
 from ldm_pipeline.training.levels import LevelSettings
+from ldm_pipeline.training.pixels import PixelSettings, a_corner, window
 from ldm_pipeline.training.world_data import as_tensor
 from tests.conftest import tiny_small_vae
 from tests.training import laws
@@ -108,50 +108,65 @@ def test_kinds_and_decoders_that_are_not_there_are_refused(
         PixelSettings(weight=0.5)
     monkeypatch.setattr(LatentDiffusionObjective, "_cached", lambda _: (built.mean, built.std))
     tiny_small_vae(latent_channels=8).save_pretrained(tmp_path / "eight")
-    (tmp_path / "none").mkdir()
-    for name, why in (
-        ("eight", "decodes latents of 8 channels; the autoencoder's have 4"),
-        ("none", "holds no small decoder"),
-        ("nowhere", "holds no small decoder"),
+    for place, why in (
+        (tmp_path / "eight", "reads latents of 8 channels, and this model draws 4"),
+        (tmp_path / "nowhere", "is no folder of an AutoencoderTiny"),
+        ("small", "is the bundled model's"),
     ):
-        pixels = PixelSettings(weight=0.5, decoder=tmp_path / name)
-        with pytest.raises(UserError, match=f"pixels.decoder: .*{name} {why}"):
+        pixels = PixelSettings(weight=0.5, decoder=str(place))
+        with pytest.raises(UserError, match=why):
             LatentDiffusionObjective(built.config.model_copy(update={"pixels": pixels}))
 
 
 def test_an_error_in_pixels_is_that_of_what_the_decoder_shows(
     built: LatentDiffusionObjective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of each sample's own window, in the decoder's own units, weighted by its level; the decoder
-    is not trained."""
+    """Of x0 in each sample's own window, in the decoder's own units, weighted by its level."""
     small = tiny_small_vae()
     small.save_pretrained(tmp_path)
     monkeypatch.setattr(LatentDiffusionObjective, "_cached", lambda _: (built.mean, built.std))
-    pixels = PixelSettings(weight=0.5, decoder=tmp_path)
+    pixels = PixelSettings(weight=0.5, decoder=str(tmp_path))
     objective = LatentDiffusionObjective(built.config.model_copy(update={"pixels": pixels}))
-    assert objective.pixels is not None
 
-    batch = objective.batch(range(64))
+    batch = {name: value[:3] for name, value in objective.batch(range(8)).items()}
+    batch["t"] = torch.tensor([20, 500, 980])
     side = batch["z"].shape[-1]
-    assert batch["corner"].min() == 0  # every window that fits, and none beyond
-    assert batch["corner"].max() == side - side // 2
-    (z, x0), corner = (batch[name][:2] for name in ("z", "eps")), batch["corner"][:2]
-    expected = 0.0
-    for i, weight in enumerate((0.25, 10.0)):
-        row, column = corner[i].tolist()
+    schedule, expected = objective.schedule, 0.0
+    for i in range(3):
+        row, column = (int(share * (side // 2 + 1)) for share in batch["corner"][i])
         cut = slice(row, row + side // 2), slice(column, column + side // 2)
-        shown, truth = (small.decoder(told[None, i, :, *cut] / 0.7) for told in (x0, z))
-        expected += weight * float((shown - truth).square().mean()) / 2
-    told = objective.pixels(z, x0, torch.tensor([0.25, 1e4]), corner)
-    assert float(told) == pytest.approx(expected, rel=1e-5)
-    assert float(objective.pixels(z, z, torch.ones(2), corner)) == 0
+        z, eps, t = (batch[name][i : i + 1] for name in ("z", "eps", "t"))
+        a, sig = schedule.coefficients(t, like=z)
+        with torch.no_grad():
+            embeds = objective.text_encoder(batch["tokens"][i : i + 1])[0]
+            v = objective.unet(a * z + sig * eps, t, encoder_hidden_states=embeds).sample
+            x0 = a * (a * z + sig * eps) - sig * v
+            shown, truth = (small.decoder(told[..., *cut] / 0.7) for told in (x0, z))
+        snr = min(float(a / sig) ** 2, 10.0)
+        expected += snr * float((shown - truth).square().mean()) / 3
+    measures = objective(batch)
+    assert float(measures["pixels"].detach()) == pytest.approx(expected, rel=1e-4)
+    loss = (measures["denoising"] + 0.5 * measures["pixels"]).detach()
+    assert float(measures["loss"].detach()) == pytest.approx(float(loss), rel=1e-6)
 
-    measures = objective({name: value[:2] for name, value in batch.items()})
-    loss = float(measures["loss"])
-    assert loss == pytest.approx(float(measures["denoising"] + 0.5 * measures["pixels"]), rel=1e-6)
     assert not any("decoder" in name for name, _ in objective.named_parameters())
     laws.a_batch_is_a_function_of_its_positions(objective)
     laws.everything_trained_has_a_gradient(objective)
+
+
+def test_windows_lie_anywhere_and_are_half_as_wide() -> None:
+    """From the first place to the last that fits, of each sample its own; also of odd sides."""
+    rng = np.random.default_rng(0)
+    corner = torch.stack([a_corner(rng) for _ in range(200)])
+    z = torch.arange(9.0 * 6).view(1, 1, 9, 6).expand(200, 2, 9, 6)
+    cut = window(z, corner)
+    assert cut.shape == (200, 2, 4, 3)
+    rows, columns = cut[:, 0, 0, 0].div(6, rounding_mode="floor"), cut[:, 0, 0, 0] % 6
+    assert rows.unique().tolist() == list(range(6))
+    assert columns.unique().tolist() == list(range(4))
+    for i in (0, 7):
+        r, c = int(rows[i]), int(columns[i])
+        assert torch.equal(cut[i], z[i, :, r : r + 4, c : c + 3])
 
 
 def test_the_asked_share_of_captions_is_dropped(built: LatentDiffusionObjective) -> None:

@@ -33,7 +33,7 @@ from ldm_pipeline.training.lcm_full import FullLcmObjective
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.updates import MovingAverage
 from ldm_pipeline.training.world_data import as_tensor
-from tests.conftest import build, tiny_scheduler
+from tests.conftest import build, tiny_scheduler, tiny_small_vae
 from tests.training import laws
 from tests.training.conftest import captioned
 from tests.training.tiny_lora import open_model
@@ -139,6 +139,38 @@ def test_the_loss_is_what_stock_parts_compute(
     assert len(levels) > 4
     # Sums of float32 numbers in batches of other sizes; 1 / a is 15 at the last level.
     assert loss(objective, range(8)) == pytest.approx(total / 8, rel=1e-3)
+
+
+@pytest.mark.parametrize("huber", [None, 0.01])
+@torch.no_grad()
+def test_pixels_are_compared_beside_latents(
+    folder: Path, tmp_path: Path, huber: float | None
+) -> None:
+    """In the same units, by the same penalty, and of what the mask covers in the window alone."""
+    small = tiny_small_vae()
+    small.save_pretrained(tmp_path / "small")
+    pixels = {"weight": 0.5, "decoder": str(tmp_path / "small")}
+    plain = stirred(built(config_of(folder, lcm={"huber": huber})))
+    objective = stirred(built(config_of(folder, lcm={"huber": huber, "pixels": pixels})))
+    masked = 0
+    for group in objective.batch(range(6))["groups"]:
+        ready = objective._ready(group)
+        more = (objective._errors(ready) - plain._errors(ready)).tolist()
+        answers = objective._student(ready)(ready["x"], ready["t"])
+        for i, corner in enumerate(ready["corner"]):
+            sides = ready["z"].shape[2:]
+            row, column = (
+                int(c * (side - side // 2 + 1)) for c, side in zip(corner, sides, strict=True)
+            )
+            cut = slice(row, row + sides[0] // 2), slice(column, column + sides[1] // 2)
+            told = (small.decoder(v[i : i + 1, :, *cut] / 0.7) for v in (answers, ready["target"]))
+            apart = torch.sub(*told) / objective.schedule.sigma(ready["t"][i])
+            penalty = apart**2 if huber is None else (apart**2 + huber**2).sqrt() - huber
+            covered = ready["mask"][i, :, *cut].repeat_interleave(2, 1).repeat_interleave(2, 2)
+            masked += int(0 < covered.mean() < 1)
+            mean = (penalty * covered).sum() / (3 * covered.sum()).clamp(min=1e-6)
+            assert more[i] == pytest.approx(0.5 * float(mean), rel=1e-3, abs=1e-5)
+    assert masked
 
 
 def test_the_laws_of_objectives(folder: Path) -> None:
