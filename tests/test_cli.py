@@ -333,7 +333,7 @@ def redraw(ldm: Ldm, picture: Path, elsewhere: Path) -> bytes:
     words = shlex.split(out)
     assert words[0] == "ldm"
     words[words.index(str(picture))] = str(elsewhere)
-    assert ldm(*words[1:], "--quiet")[0] == 0
+    assert ldm(*words[1:], "-q")[0] == 0
     return elsewhere.read_bytes()
 
 

@@ -66,7 +66,7 @@ def parser() -> Parser:
     add("--n", type=int, default=1, help="pictures for each prompt (%(default)s)")
     add("--seed", type=int, default=0, help="each prompt's first seed (%(default)s)")
     add_drawing_arguments(made)
-    add("--quiet", action="store_true", help="print nothing but the folder's name")
+    add("-q", "--quiet", action="store_true", help="print nothing but the folder's name")
     made.set_defaults(grid=False, **pictures.NONE)
     return made
 

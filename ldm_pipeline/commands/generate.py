@@ -102,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_drawing_arguments(parser)
     pictures.add_arguments(parser)
-    add("--quiet", action="store_true", help="print nothing but the files' names")
+    add("-q", "--quiet", action="store_true", help="print nothing but the files' names")
 
 
 def add_drawing_arguments(parser: argparse.ArgumentParser) -> None:

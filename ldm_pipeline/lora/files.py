@@ -74,12 +74,13 @@ def inspect(path: str | os.PathLike[str]) -> Header:
     layout = (
         kohya if any(key.startswith(tuple(kohya.PREFIXES)) for key in found.shapes) else diffusers
     )
+    if not found.shapes:
+        raise UserError(f"{place} is no LoRA: it holds no tensors")
     strange = [key for key in found.shapes if layout.parse(key) is None]
-    if strange or not found.shapes:
-        example = f", as {strange[0]!r}" if strange else ""
+    if strange:
         raise UserError(
             f"{place} is no LoRA in a layout that is known ({', '.join(LAYOUTS)}): {len(strange)}"
-            f" of its {len(found.shapes)} tensors are something else{example}"
+            f" of its {len(found.shapes)} tensors are something else, as {strange[0]!r}"
         )
     check_dtypes(place, found)
     return layout.inspect(place, found)

@@ -262,6 +262,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "header too long": (lambda file: file.write_bytes(b"\xff" * 20), "longer than the file"),
     "not JSON": (lambda file: file.write_bytes(b"\2" + b"\0" * 7 + b"[]"), "no whole"),
     "cut off": (drop_end, "should have"),
+    "no tensors": (lambda file: save_file({}, file), "is no LoRA: it holds no tensors"),
     "a whole model": (
         add(key="unet.conv_in.weight"),
         "no LoRA in a layout that is known (diffusers, kohya, peft): 1 of",
