@@ -83,16 +83,19 @@ def denoising_errors(
     *,
     huber: float | None = None,
     mask: Tensor | None = None,
+    wanted: Tensor | None = None,
 ) -> Tensor:
     """The mean penalty of the network's answer for each sample, [B], unweighted.
 
-    z and eps are [B, C, h, w], t is [B]. A mask makes it the mean over what the mask covers, so
+    z and eps are [B, C, h, w], t is [B]. `wanted` is what a right answer is, if not the one that x
+    was made of. A mask makes it the mean over what the mask covers, so
     that a small masked area counts as much as a large one. Gradients flow as the caller has them
     set.
     """
     a, sig = schedule.coefficients(t, like=z)
     output = network(a * z + sig * eps, t)
-    wanted = target(kind, z, eps, a, sig)
+    if wanted is None:
+        wanted = target(kind, z, eps, a, sig)
     dtype = torch.promote_types(torch.promote_types(output.dtype, wanted.dtype), torch.float32)
     penalty = (output.to(dtype) - wanted.to(dtype)).square()
     if huber is not None:

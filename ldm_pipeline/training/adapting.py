@@ -422,16 +422,16 @@ class AdapterObjective(nn.Module, ABC):
         generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
         shape = tuple(mean.shape)
         words = self.data.words(sample, rng) if share is None else self.data.caption(sample)
-        level = self._level(rng, share)
         mask = entry.get("mask")
         cut = sample.transform
         cond = {name: value[0] for name, value in self._looked_up([words]).items()}
         return {
             "z": mean + std * torch.randn(shape, generator=generator),
             "eps": self._noise(shape, generator),
-            **level,
+            **self._level(rng, share),
             "mask": torch.ones(1, *shape[1:]) if mask is None else mask.float(),
             "weight": torch.tensor(sample.item.weight),
+            "kept": torch.tensor(sample.item.regularisation),
             **cond,
             **self.conditioning.micro_conditions(cut.original, (cut.left, cut.top), cut.bucket),
         }

@@ -13,11 +13,12 @@ from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from ldm_pipeline.diffusion.losses import Loss, denoising_errors, loss_weights
 from ldm_pipeline.diffusion.noise import coarse_noise
+from ldm_pipeline.diffusion.prediction import target
 from ldm_pipeline.training.adapter_config import AdapterConfig, AdapterSettings
 from ldm_pipeline.training.adapting import AdapterObjective, OpenModel
 from ldm_pipeline.training.captioned import Captioned, CaptionedSettings
@@ -41,6 +42,11 @@ class LossSettings(Settings):
     offset_noise: NonNegativeFloat = 0.0
     pyramid_noise: NonNegativeFloat = 0.0
     zero_terminal_snr: bool = Field(default=False, description="for v-prediction models")
+    kept: Literal["pictures", "answers"] = Field(
+        default="pictures",
+        description="of data.regularisation: what its pictures show, or the model's own answers "
+        "about them, which tell what it knows without the noise that a picture has",
+    )
 
     def kept_on_resume(self) -> Collection[str]:
         """How much noise a level stands for."""
@@ -58,6 +64,12 @@ class LoraConfig(AdapterConfig):
     lora: LoraAdapterSettings = LoraAdapterSettings()
     loss: LossSettings = LossSettings()
     levels: LevelSettings = LevelSettings(uniform=1.0)
+
+    @model_validator(mode="after")
+    def _keeps_something(self) -> LoraConfig:
+        if self.loss.kept == "answers" and self.data.regularisation is None:
+            raise ValueError("loss.kept=answers needs data.regularisation: what is asked about")
+        return self
 
 
 class LoraObjective(AdapterObjective):
@@ -91,6 +103,22 @@ class LoraObjective(AdapterObjective):
         weights = loss_weights(self.kind, self.schedule, group["t"], self.loss) * group["weight"]
         return {"loss": (weights.to(errors.dtype) * errors).sum(), "error": errors.sum()}
 
+    @torch.no_grad()
+    def _ready(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A group with what a right answer is: the model's own (1606.09282) where it is to be kept.
+
+        The whole group is asked, as to choose from it would wait for the device.
+        """
+        if self.config.loss.kept == "pictures":
+            return group
+        z, eps, t = group["z"], group["eps"], group["t"]
+        a, sig = self.schedule.coefficients(t, like=z)
+        with self._untrained():
+            own = self.conditioning.network(self.unet, self._encoded(group))(a * z + sig * eps, t)
+        torch.clear_autocast_cache()  # as `LcmObjective._target` says
+        told = target(self.kind, z, eps, a, sig)
+        return {**group, "wanted": torch.where(group["kept"][:, None, None, None], own, told)}
+
     def _errors(self, group: dict[str, Tensor]) -> Tensor:
         """The plain penalty of each sample of a group, [n]."""
         return denoising_errors(
@@ -102,4 +130,5 @@ class LoraObjective(AdapterObjective):
             group["t"],
             huber=self.loss.huber,
             mask=group["mask"],
+            wanted=group.get("wanted"),
         )

@@ -179,7 +179,7 @@ def test_the_laws_of_objectives(folder: Path) -> None:
     other = laws.batch_of(objective, range(8, 12))["groups"][0]
     for name, value in whole.items():
         assert torch.equal(value, again[name]), name
-        if name not in ("weight", "mask"):
+        if name not in ("weight", "kept", "mask"):
             assert not torch.equal(value, other[name]), name
     laws.everything_trained_has_a_gradient(objective)
 

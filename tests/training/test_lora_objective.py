@@ -105,7 +105,7 @@ def test_the_laws_of_objectives(folder: Path, opened: Counted) -> None:
     other = laws.batch_of(objective, range(8, 12))
     for name, value in whole["groups"][0].items():
         assert torch.equal(value, again["groups"][0][name]), name
-        if name not in ("weight", "mask"):
+        if name not in ("weight", "kept", "mask"):
             assert not torch.equal(value, other["groups"][0][name]), name
     laws.everything_trained_has_a_gradient(objective)
 
@@ -257,6 +257,45 @@ def test_regularisation_pictures_come_as_often_and_count_as_told(
         assert sum(not item.regularisation for item in epochs) == 6
     seen = {data.sample(i).item.key for i in range(2 * data.epoch)}
     assert {f"regularisation:{i}.png" for i in range(4)} <= seen
+
+
+@pytest.mark.parametrize("text_encoder", [False, True])
+@torch.no_grad()
+def test_what_is_kept_may_be_the_model_s_own_answers(
+    folder: Path, opened: Counted, tmp_path: Path, text_encoder: bool
+) -> None:
+    """Those of the model without the adapter, about regularisation pictures alone; what is to be
+    learnt is still what its pictures show."""
+    kept = captioned(tmp_path / "kept", [(64, 64)] * 3)
+
+    def objective(how: str) -> LoraObjective:
+        told: dict[str, Any] = {"loss": {"kept": how}, "lora": {"text_encoder": text_encoder}}
+        data = {"regularisation": str(kept), "resolution": 64, "fixed": True}
+        made = LoraObjective(config_of(folder, data=data, **told), opened)
+        generator = torch.Generator().manual_seed(0)
+        for value in made.adapter.parameters.values():
+            value.add_(0.2 * torch.randn(value.shape, generator=generator))
+        return made
+
+    pictures, answers, base = objective("pictures"), objective("answers"), opened("", torch.float32)
+    (group,) = answers.batch(range(8))["groups"]
+    assert set(group["kept"].tolist()) == {True, False}
+    from_pictures, from_answers = (o._errors(o._ready(group)) for o in (pictures, answers))
+    encoded = answers._encoded(group)
+    a, sig = answers.schedule.coefficients(group["t"], like=group["z"])
+    x = a * group["z"] + sig * group["eps"]
+    said = answers.conditioning.network(answers.unet, encoded)(x, group["t"])
+    embeds = base.text_encoder(group["tokens"])[0] if text_encoder else group["embeds"]
+    own = base.unet(x, group["t"], encoder_hidden_states=embeds).sample
+    apart = (said - own).square().flatten(1).mean(dim=1)
+    assert apart.min() > 1e-4
+    expected = torch.where(group["kept"], apart, from_pictures)
+    assert torch.allclose(from_answers, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_answers_are_kept_of_regularisation_pictures_alone(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"loss\.kept=answers needs data\.regularisation"):
+        config_of(folder, loss={"kept": "answers"})
 
 
 def test_dropped_captions_are_the_empty_text(folder: Path, opened: Counted) -> None:
