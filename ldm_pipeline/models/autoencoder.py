@@ -110,9 +110,15 @@ def decode(
 
     `generator` reaches decoders that draw noise; the ordinary one ignores it.
     """
-    middle, spread = _units(vae, z)
-    raw = z * spread / vae.config.scaling_factor + middle
+    raw = unscaled(vae, z)
     return finite(vae, raw, lambda vae, z: vae.decode(z, return_dict=False, generator=generator)[0])
+
+
+def unscaled(vae: Autoencoder, z: Tensor) -> Tensor:
+    """z in the decoder's own units."""
+    middle, spread = _units(vae, z)
+    raw: Tensor = z * spread / vae.config.scaling_factor + middle
+    return raw
 
 
 def _units(vae: Autoencoder, like: Tensor) -> tuple[Tensor | float, Tensor | float]:

@@ -25,7 +25,7 @@ _told: WeakSet[nn.Module] = WeakSet()
 """The autoencoders of which was said that they overflow."""
 
 
-def has_bfloat16(device: str) -> bool:
+def quick_in_bfloat16(device: str) -> bool:
     """Whether a kind of device multiplies bfloat16 sooner than float32: all GPUs that CUDA calls
     able, and CPUs with AMX, or with AVX512-BF16 unless they are Intel's.
 

@@ -431,7 +431,6 @@ class AdapterObjective(nn.Module, ABC):
             **self._level(rng, share),
             "mask": torch.ones(1, *shape[1:]) if mask is None else mask.float(),
             "weight": torch.tensor(sample.item.weight),
-            "kept": torch.tensor(sample.item.regularisation),
             **cond,
             **self.conditioning.micro_conditions(cut.original, (cut.left, cut.top), cut.bucket),
         }

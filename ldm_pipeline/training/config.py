@@ -147,7 +147,7 @@ class RunSettings(Settings):
     batch_size: Positive = Field(default=64, description="samples of one update, in all")
     accumulation: Positive = Field(default=1, description="pieces of a process's share")
     mixed_precision: Precision = Field(
-        default="auto", description="auto: bf16 where the hardware has it, else float32"
+        default="auto", description="auto: bf16 where the hardware is quicker in it"
     )
     compile: bool = Field(
         default=False,

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from functools import lru_cache
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
 import numpy as np
 import torch
@@ -51,7 +51,7 @@ from ldm_pipeline.training.halving import halved
 from ldm_pipeline.training.layout import FINE, LayoutHead, Listener, WordsHead, labels_of
 from ldm_pipeline.training.levels import LevelSettings
 from ldm_pipeline.training.objective import Batch
-from ldm_pipeline.training.pixels import PixelSettings, Windows, a_corner
+from ldm_pipeline.training.pixels import PixelSettings, Quarters, a_corner
 from ldm_pipeline.training.shares import share_of
 from ldm_pipeline.training.start import attend_quickly, precision, take_weights
 from ldm_pipeline.training.world_data import (
@@ -111,12 +111,16 @@ class OftenSettings(Settings):
     """Which pictures come more often than the others."""
 
     kinds: tuple[str, ...] = Field(default=(), description="of things, each as KINDS calls it")
-    times: Positive = Field(default=2, description="a picture that holds one comes in each pass")
+    times: Annotated[int, Field(ge=2)] = Field(
+        default=2, description="how often a picture that holds one comes in each pass"
+    )
 
     @model_validator(mode="after")
     def _known(self) -> Self:
         for kind in self.kinds:
             choose("kinds", kind, KINDS)
+        if "times" in self.model_fields_set and not self.kinds:
+            raise ValueError(f"times={self.times} needs kinds: which pictures come so often")
         return self
 
 
@@ -179,7 +183,7 @@ class LatentDiffusionObjective(nn.Module):
         self.words: WordsHead | None = None
         if config.words_weight:
             self.words = WordsHead(self.text_encoder.config.hidden_size, side=8)
-        self.shown = Windows(config.pixels, self.unet) if config.pixels.weight else None
+        self.shown = Quarters(config.pixels, self.unet) if config.pixels.weight else None
         self.schedule = Schedule.from_config(SCHEDULER)
         gamma = config.min_snr_gamma
         self.loss = Loss() if gamma is None else Loss("min_snr", gamma)
@@ -254,7 +258,8 @@ class LatentDiffusionObjective(nn.Module):
         with torch.no_grad():
             truth = self.shown(z, corner)
         errors = (self.shown(x0, corner) - truth).square().flatten(1).mean(dim=1)
-        return (self.schedule.log_snr(t).exp().clamp(max=MOST_SNR) * errors).mean()
+        weights = self.schedule.log_snr(t).exp().clamp(max=MOST_SNR)
+        return (weights.to(errors.dtype) * errors).mean()
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

@@ -43,7 +43,7 @@ from ldm_pipeline.training.adapting import AdapterObjective, OpenModel, Pictures
 from ldm_pipeline.training.captioned import Captioned, CaptionedSettings
 from ldm_pipeline.training.config import NonNegativeFloat, Positive, PositiveFloat, Settings
 from ldm_pipeline.training.levels import levels_of
-from ldm_pipeline.training.pixels import PixelSettings, Windows, a_corner, window
+from ldm_pipeline.training.pixels import PixelSettings, Quarters, a_corner, quarter
 from ldm_pipeline.training.start import precision
 from ldm_pipeline.training.updates import MovingAverage
 from ldm_pipeline.training.world_data import CachedWorldSettings
@@ -145,14 +145,14 @@ class LcmObjective(AdapterObjective):
     config: LcmConfig
 
     def __init__(self, config: LcmConfig, open_model: OpenModel) -> None:
-        self.shown: Windows | None = None
+        self.shown: Quarters | None = None
 
         def opened(model: str, dtype: torch.dtype) -> Any:
             """The model, whose levels are looked at before its pictures are encoded."""
             pipe = open_model(model, dtype)
             self.pairs = _pairs(config.lcm, levels_of(pipe, zero_terminal=False)[1])
             if config.lcm.pixels.weight:
-                self.shown = Windows(config.lcm.pixels, pipe.unet, model == "bundled")
+                self.shown = Quarters(config.lcm.pixels, pipe.unet, model == "bundled")
             return pipe
 
         super().__init__(config, opened, config.read())
@@ -180,16 +180,17 @@ class LcmObjective(AdapterObjective):
         return {**cond, "x": x, "target": self._target(cond, x)}
 
     def _errors(self, group: dict[str, Tensor]) -> Tensor:
-        """The inconsistency of each sample of a group, [n]; that of its pictures, too, if asked."""
+        """The inconsistency of each sample of a group, [n]; where the student learns and `pixels`
+        asks for it, that of its picture, too. Validations stay comparable, whatever its weight."""
         answer = self._student(group)(group["x"], group["t"])
         errors = self._apart(answer, group["target"], group["mask"], group)
-        if self.shown is None:
+        if self.shown is None or not torch.is_grad_enabled():
             return errors
         corner = group["corner"]
         with torch.no_grad():
             target = self.shown(group["target"], corner)
         answer = self.shown(answer, corner)
-        mask = F.interpolate(window(group["mask"], corner), answer.shape[2:])
+        mask = F.interpolate(quarter(group["mask"], corner), answer.shape[2:])
         return errors + self.config.lcm.pixels.weight * self._apart(answer, target, mask, group)
 
     def _apart(

@@ -21,7 +21,7 @@ from ldm_pipeline.diffusion.noise import coarse_noise
 from ldm_pipeline.diffusion.prediction import target
 from ldm_pipeline.training.adapter_config import AdapterConfig, AdapterSettings
 from ldm_pipeline.training.adapting import AdapterObjective, OpenModel
-from ldm_pipeline.training.captioned import Captioned, CaptionedSettings
+from ldm_pipeline.training.captioned import Captioned, CaptionedSettings, Sample
 from ldm_pipeline.training.config import NonNegativeFloat, PositiveFloat, Settings
 from ldm_pipeline.training.levels import LevelSettings
 from ldm_pipeline.training.start import precision
@@ -42,10 +42,10 @@ class LossSettings(Settings):
     offset_noise: NonNegativeFloat = 0.0
     pyramid_noise: NonNegativeFloat = 0.0
     zero_terminal_snr: bool = Field(default=False, description="for v-prediction models")
-    kept: Literal["pictures", "answers"] = Field(
+    regularise_to: Literal["pictures", "answers"] = Field(
         default="pictures",
         description="of data.regularisation: what its pictures show, or the model's own answers "
-        "about them, which tell what it knows without the noise that a picture has",
+        "about them, which have no noise of their own",
     )
 
     def kept_on_resume(self) -> Collection[str]:
@@ -67,8 +67,17 @@ class LoraConfig(AdapterConfig):
 
     @model_validator(mode="after")
     def _keeps_something(self) -> LoraConfig:
-        if self.loss.kept == "answers" and self.data.regularisation is None:
-            raise ValueError("loss.kept=answers needs data.regularisation: what is asked about")
+        if self.loss.regularise_to == "pictures":
+            return self
+        if self.data.regularisation is None:
+            raise ValueError(
+                "loss.regularise_to=answers needs data.regularisation: what is asked about"
+            )
+        if self.loss.zero_terminal_snr:
+            raise ValueError(
+                "loss.regularise_to=answers goes without loss.zero_terminal_snr: the model's own"
+                " answers are those of its own levels"
+            )
         return self
 
 
@@ -89,6 +98,15 @@ class LoraObjective(AdapterObjective):
         )
         self.loss = config.loss.loss()
 
+    def _drawn(
+        self, sample: Sample, position: int, share: float | None = None
+    ) -> dict[str, Tensor]:
+        """The same, and whether the sample regularises, if that is to be asked about."""
+        drawn = super()._drawn(sample, position, share)
+        if self.config.loss.regularise_to == "answers" and share is None:
+            drawn["regularises"] = torch.tensor(sample.item.regularisation)
+        return drawn
+
     def _level(self, rng: np.random.Generator, share: float | None) -> dict[str, Tensor]:
         levels = self.schedule.num_train_timesteps
         drawn = self.config.levels.draw(rng, levels) if share is None else int(share * levels)
@@ -105,11 +123,11 @@ class LoraObjective(AdapterObjective):
 
     @torch.no_grad()
     def _ready(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A group with what a right answer is: the model's own (1606.09282) where it is to be kept.
+        """A group with what a right answer is: of regularisation the model's own (1606.09282).
 
         The whole group is asked, as to choose from it would wait for the device.
         """
-        if self.config.loss.kept == "pictures":
+        if "regularises" not in group:
             return group
         z, eps, t = group["z"], group["eps"], group["t"]
         a, sig = self.schedule.coefficients(t, like=z)
@@ -117,7 +135,10 @@ class LoraObjective(AdapterObjective):
             own = self.conditioning.network(self.unet, self._encoded(group))(a * z + sig * eps, t)
         torch.clear_autocast_cache()  # as `LcmObjective._target` says
         told = target(self.kind, z, eps, a, sig)
-        return {**group, "wanted": torch.where(group["kept"][:, None, None, None], own, told)}
+        return {
+            **group,
+            "wanted": torch.where(group["regularises"][:, None, None, None], own, told),
+        }
 
     def _errors(self, group: dict[str, Tensor]) -> Tensor:
         """The plain penalty of each sample of a group, [n]."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ldm_pipeline.models.precision import has_bfloat16
+from ldm_pipeline.models.precision import quick_in_bfloat16
 
 MOMENTUM = 0.95
 RMS = 0.2
@@ -89,8 +89,8 @@ def orthogonal(m: Tensor, steps: int = 5) -> Tensor:
     """Matrices [N, r, c] with nearly the singular vectors of `m` and singular values near 1.
 
     The Newton-Schulz iteration with Jordan's quintic: values end within 0.7 to 1.2. It computes in
-    bfloat16 where the hardware multiplies it, else in float32: emulated, it took four fifths of a
-    training step.
+    bfloat16 where the hardware is quicker in it, else in float32: emulated, it took four fifths of
+    a training step.
     """
     x = m.to(_precision(m.device.type))
     tall = x.shape[-2] > x.shape[-1]
@@ -104,4 +104,4 @@ def orthogonal(m: Tensor, steps: int = 5) -> Tensor:
 
 @cache
 def _precision(device: str) -> torch.dtype:
-    return torch.bfloat16 if has_bfloat16(device) else torch.float32
+    return torch.bfloat16 if quick_in_bfloat16(device) else torch.float32

@@ -3,11 +3,11 @@
 The latents of an autoencoder do not all say as much: an error that nobody sees costs the denoising
 loss as much as one that smears a part into the next. Through the decoder each counts for what it
 changes in the picture (2411.04873 compares features of the decoder instead). Of each sample one
-window is decoded, a quarter of its latents, so that the task adds a fifteenth to a step.
+quarter is decoded, any of the four, so that the task adds a fifteenth to a step.
 
 Legend
     z        latents [B, C, h, w], in the UNet's units
-    corner   where the window begins, [B, 2]: a share of the room that it has, rows first
+    corner   which quarter, [B, 2]: 0 or 1 for the upper or lower half, the left or right one
 """
 
 from __future__ import annotations
@@ -19,16 +19,18 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ldm_pipeline.models import small_decoder
+from ldm_pipeline.models import autoencoder, small_decoder
+from ldm_pipeline.processes.ranks import launched
 from ldm_pipeline.training.config import NonNegativeFloat, Settings
 
 
 class PixelSettings(Settings):
     """A task beside the one in latents: the error in pixels."""
 
-    weight: NonNegativeFloat = 0.0
+    weight: NonNegativeFloat = Field(default=0.0, description="of it, beside the loss in latents")
     decoder: str | None = Field(
-        default=None, description="folder of an AutoencoderTiny for these latents"
+        default=None,
+        description="folder of an AutoencoderTiny for these latents; small is the bundled model's",
     )
 
     @model_validator(mode="after")
@@ -38,8 +40,8 @@ class PixelSettings(Settings):
         return self
 
 
-class Windows:
-    """Windows of latents as a small decoder shows them; the decoder itself is not trained."""
+class Quarters:
+    """Quarters of latents as a small decoder shows them; the decoder itself is not trained."""
 
     def __init__(self, settings: PixelSettings, unet: Any, of_bundled: bool = False) -> None:
         """UserError where the decoder is not there, or not for latents of `unet`."""
@@ -47,26 +49,24 @@ class Windows:
         place = small_decoder.find(settings.decoder, of_bundled)
         small = small_decoder.opened(place, torch.float32)
         small_decoder.check_fits(small, unet)
-        self._scale: float = small.config.scaling_factor
-        self._decoder = small.decoder.requires_grad_(False)
+        self._small = small.requires_grad_(False).to(launched().device)
 
     def __call__(self, z: Tensor, corner: Tensor) -> Tensor:
         """Pixels [B, 3, …] in [-1, 1]; they have z's gradient."""
-        self._decoder.to(z.device)
-        shown: Tensor = self._decoder(window(z, corner) / self._scale)
+        raw = autoencoder.unscaled(self._small, quarter(z, corner))
+        shown: Tensor = self._small.decoder(raw)
         return shown.float()
 
 
 def a_corner(rng: np.random.Generator) -> Tensor:
-    """A window of any place, [2]."""
-    return torch.from_numpy(rng.random(2)).float()
+    """Any of the four quarters, [2]."""
+    return torch.from_numpy(rng.integers(0, 2, size=2))
 
 
-def window(z: Tensor, corner: Tensor) -> Tensor:
-    """A window of half of each side of each sample, [B, C, h/2, w/2]."""
+def quarter(z: Tensor, corner: Tensor) -> Tensor:
+    """A quarter of each sample, [B, C, ⌈h/2⌉, ⌈w/2⌉]: quarters of odd sides share their middle."""
     row, column = (
-        (corner[:, i, None] * (side - side // 2 + 1)).long()
-        + torch.arange(side // 2, device=z.device)
+        corner[:, i, None] * (side // 2) + torch.arange(side - side // 2, device=z.device)
         for i, side in enumerate(z.shape[2:])
     )
     sample = torch.arange(len(z), device=z.device)[:, None, None]

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora import files
 from ldm_pipeline.lora.inject import Adapter
-from ldm_pipeline.models.precision import has_bfloat16
+from ldm_pipeline.models.precision import quick_in_bfloat16
 from ldm_pipeline.processes.ranks import launched
 from ldm_pipeline.training.config import RunSettings
 
@@ -102,7 +102,7 @@ def precision(asked: str, device: str | None = None) -> str:
     """
     if asked != "auto":
         return asked
-    return "bf16" if has_bfloat16(device or launched().device.type) else "no"
+    return "bf16" if quick_in_bfloat16(device or launched().device.type) else "no"
 
 
 def warn_of_accelerate(run: RunSettings) -> None:

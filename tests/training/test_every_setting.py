@@ -398,7 +398,7 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "loss.offset_noise": Change(batch, 0.1),
         "loss.pyramid_noise": Change(batch, 0.5),
         "loss.zero_terminal_snr": Change(loss, True, {"model": "v"}),
-        "loss.kept": Change(loss, "answers", REGULARISED),
+        "loss.regularise_to": Change(loss, "answers", REGULARISED),
         "levels.mean": Change(batch, 1.0, NOT_UNIFORM),
         "levels.std": Change(batch, 2.0, NOT_UNIFORM),
         "levels.uniform": Change(batch, 0.0),

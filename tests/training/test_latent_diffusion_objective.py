@@ -22,7 +22,7 @@ from ldm_pipeline.training.latent_diffusion import (
     UnetSettings,
 )
 from ldm_pipeline.training.levels import LevelSettings
-from ldm_pipeline.training.pixels import PixelSettings, a_corner, window
+from ldm_pipeline.training.pixels import PixelSettings, a_corner, quarter
 from ldm_pipeline.training.world_data import as_tensor
 from tests.conftest import tiny_small_vae
 from tests.training import laws
@@ -104,6 +104,8 @@ def test_kinds_and_decoders_that_are_not_there_are_refused(
 ) -> None:
     with pytest.raises(ValueError, match=r"kinds='stars' is not known.* did you mean 'star'\?"):
         OftenSettings(kinds=("stars",))
+    with pytest.raises(ValueError, match=r"times=3 needs kinds"):
+        OftenSettings(times=3)
     with pytest.raises(ValueError, match=r"weight=0.5 needs a decoder"):
         PixelSettings(weight=0.5)
     monkeypatch.setattr(LatentDiffusionObjective, "_cached", lambda _: (built.mean, built.std))
@@ -121,8 +123,9 @@ def test_kinds_and_decoders_that_are_not_there_are_refused(
 def test_an_error_in_pixels_is_that_of_what_the_decoder_shows(
     built: LatentDiffusionObjective, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of x0 in each sample's own window, in the decoder's own units, weighted by its level."""
+    """Of x0 in each sample's own quarter, as that decoder decodes, weighted by its level."""
     small = tiny_small_vae()
+    small.register_to_config(shift_factor=0.5)
     small.save_pretrained(tmp_path)
     monkeypatch.setattr(LatentDiffusionObjective, "_cached", lambda _: (built.mean, built.std))
     pixels = PixelSettings(weight=0.5, decoder=str(tmp_path))
@@ -130,43 +133,46 @@ def test_an_error_in_pixels_is_that_of_what_the_decoder_shows(
 
     batch = {name: value[:3] for name, value in objective.batch(range(8)).items()}
     batch["t"] = torch.tensor([20, 500, 980])
-    side = batch["z"].shape[-1]
+    half = batch["z"].shape[-1] // 2
     schedule, expected = objective.schedule, 0.0
     for i in range(3):
-        row, column = (int(share * (side // 2 + 1)) for share in batch["corner"][i])
-        cut = slice(row, row + side // 2), slice(column, column + side // 2)
+        cut = [slice(int(c) * half, (int(c) + 1) * half) for c in batch["corner"][i]]
         z, eps, t = (batch[name][i : i + 1] for name in ("z", "eps", "t"))
         a, sig = schedule.coefficients(t, like=z)
         with torch.no_grad():
             embeds = objective.text_encoder(batch["tokens"][i : i + 1])[0]
             v = objective.unet(a * z + sig * eps, t, encoder_hidden_states=embeds).sample
             x0 = a * (a * z + sig * eps) - sig * v
-            shown, truth = (small.decoder(told[..., *cut] / 0.7) for told in (x0, z))
+            shown, truth = (autoencoder.decode(small, told[..., *cut]) for told in (x0, z))
         snr = min(float(a / sig) ** 2, 10.0)
         expected += snr * float((shown - truth).square().mean()) / 3
     measures = objective(batch)
     assert float(measures["pixels"].detach()) == pytest.approx(expected, rel=1e-4)
     loss = (measures["denoising"] + 0.5 * measures["pixels"]).detach()
     assert float(measures["loss"].detach()) == pytest.approx(float(loss), rel=1e-6)
+    assert measures["loss"].dtype == torch.float32
 
     assert not any("decoder" in name for name, _ in objective.named_parameters())
     laws.a_batch_is_a_function_of_its_positions(objective)
     laws.everything_trained_has_a_gradient(objective)
 
 
-def test_windows_lie_anywhere_and_are_half_as_wide() -> None:
-    """From the first place to the last that fits, of each sample its own; also of odd sides."""
+@pytest.mark.parametrize("sides", [(8, 6), (9, 5), (1, 4)])
+def test_four_quarters_are_the_whole(sides: tuple[int, int]) -> None:
+    """Each sample has its own, and each is drawn as often."""
+    height, width = sides
+    z = torch.rand(4, 2, height, width)
+    corner = torch.tensor([[0, 0], [0, 1], [1, 0], [1, 1]])
+    rows, columns = -(-height // 2), -(-width // 2)
+    cut = quarter(z, corner)
+    assert torch.equal(cut[0], z[0, :, :rows, :columns])
+    assert torch.equal(cut[1], z[1, :, :rows, -columns:])
+    assert torch.equal(cut[2], z[2, :, -rows:, :columns])
+    assert torch.equal(cut[3], z[3, :, -rows:, -columns:])
     rng = np.random.default_rng(0)
-    corner = torch.stack([a_corner(rng) for _ in range(200)])
-    z = torch.arange(9.0 * 6).view(1, 1, 9, 6).expand(200, 2, 9, 6)
-    cut = window(z, corner)
-    assert cut.shape == (200, 2, 4, 3)
-    rows, columns = cut[:, 0, 0, 0].div(6, rounding_mode="floor"), cut[:, 0, 0, 0] % 6
-    assert rows.unique().tolist() == list(range(6))
-    assert columns.unique().tolist() == list(range(4))
-    for i in (0, 7):
-        r, c = int(rows[i]), int(columns[i])
-        assert torch.equal(cut[i], z[i, :, r : r + 4, c : c + 3])
+    drawn = torch.stack([a_corner(rng) for _ in range(400)])
+    times = (2 * drawn[:, 0] + drawn[:, 1]).bincount(minlength=4)
+    assert times.min() > 70  # of 100, 3.5 standard deviations
 
 
 def test_the_asked_share_of_captions_is_dropped(built: LatentDiffusionObjective) -> None:

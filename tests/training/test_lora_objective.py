@@ -105,7 +105,7 @@ def test_the_laws_of_objectives(folder: Path, opened: Counted) -> None:
     other = laws.batch_of(objective, range(8, 12))
     for name, value in whole["groups"][0].items():
         assert torch.equal(value, again["groups"][0][name]), name
-        if name not in ("weight", "kept", "mask"):
+        if name not in ("weight", "mask"):
             assert not torch.equal(value, other["groups"][0][name]), name
     laws.everything_trained_has_a_gradient(objective)
 
@@ -261,7 +261,7 @@ def test_regularisation_pictures_come_as_often_and_count_as_told(
 
 @pytest.mark.parametrize("text_encoder", [False, True])
 @torch.no_grad()
-def test_what_is_kept_may_be_the_model_s_own_answers(
+def test_what_regularises_may_be_the_model_s_own_answers(
     folder: Path, opened: Counted, tmp_path: Path, text_encoder: bool
 ) -> None:
     """Those of the model without the adapter, about regularisation pictures alone; what is to be
@@ -269,7 +269,10 @@ def test_what_is_kept_may_be_the_model_s_own_answers(
     kept = captioned(tmp_path / "kept", [(64, 64)] * 3)
 
     def objective(how: str) -> LoraObjective:
-        told: dict[str, Any] = {"loss": {"kept": how}, "lora": {"text_encoder": text_encoder}}
+        told: dict[str, Any] = {
+            "loss": {"regularise_to": how},
+            "lora": {"text_encoder": text_encoder},
+        }
         data = {"regularisation": str(kept), "resolution": 64, "fixed": True}
         made = LoraObjective(config_of(folder, data=data, **told), opened)
         generator = torch.Generator().manual_seed(0)
@@ -279,7 +282,7 @@ def test_what_is_kept_may_be_the_model_s_own_answers(
 
     pictures, answers, base = objective("pictures"), objective("answers"), opened("", torch.float32)
     (group,) = answers.batch(range(8))["groups"]
-    assert set(group["kept"].tolist()) == {True, False}
+    assert set(group["regularises"].tolist()) == {True, False}
     from_pictures, from_answers = (o._errors(o._ready(group)) for o in (pictures, answers))
     encoded = answers._encoded(group)
     a, sig = answers.schedule.coefficients(group["t"], like=group["z"])
@@ -289,13 +292,40 @@ def test_what_is_kept_may_be_the_model_s_own_answers(
     own = base.unet(x, group["t"], encoder_hidden_states=embeds).sample
     apart = (said - own).square().flatten(1).mean(dim=1)
     assert apart.min() > 1e-4
-    expected = torch.where(group["kept"], apart, from_pictures)
+    expected = torch.where(group["regularises"], apart, from_pictures)
     assert torch.allclose(from_answers, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_answers_are_kept_of_regularisation_pictures_alone(folder: Path) -> None:
-    with pytest.raises(ValueError, match=r"loss\.kept=answers needs data\.regularisation"):
-        config_of(folder, loss={"kept": "answers"})
+@torch.no_grad()
+def test_a_validation_asks_the_model_itself_nothing(folder: Path, opened: Counted) -> None:
+    """What is held out regularises nothing."""
+    calls = []
+    for how in ("pictures", "answers"):
+        data = {"regularisation": str(folder), "fixed": True}
+        objective = LoraObjective(config_of(folder, data=data, loss={"regularise_to": how}), opened)
+        count: list[int] = []
+        objective.unet.conv_in.register_forward_hook(lambda *_, count=count: count.append(1))
+        objective.validate()
+        calls.append(len(count))
+    assert calls[0] == calls[1] > 0
+
+
+@pytest.mark.parametrize(
+    ("loss", "data", "why"),
+    [
+        ({}, {}, r"needs data\.regularisation"),
+        (
+            {"zero_terminal_snr": True},
+            {"regularisation": "others"},
+            r"goes without loss\.zero_terminal_snr",
+        ),
+    ],
+)
+def test_own_answers_need_a_question_and_their_own_levels(
+    folder: Path, loss: dict[str, Any], data: dict[str, Any], why: str
+) -> None:
+    with pytest.raises(ValueError, match=f"loss\\.regularise_to=answers {why}"):
+        config_of(folder, loss={"regularise_to": "answers", **loss}, data=data)
 
 
 def test_dropped_captions_are_the_empty_text(folder: Path, opened: Counted) -> None:
