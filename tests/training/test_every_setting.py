@@ -434,9 +434,9 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "lcm.units": Change(loss, "latents"),
         "lcm.full": Change(trained, True, {"lora": {}}),
         "lcm.w_channels": Change(trained, 32, {"lora": {}, "lcm.full": True}),
-        "lcm.pixels.weight": Change(loss, 0.5, {"lcm.pixels.decoder": "small decoder"}),
+        "lcm.pixels.weight": Change(gradients, 0.5, {"lcm.pixels.decoder": "small decoder"}),
         "lcm.pixels.decoder": Change(
-            loss, "another small decoder", {f"lcm.{key}": value for key, value in PIXELS.items()}
+            gradients, "another small decoder", {f"lcm.{key}": value for key, value in PIXELS.items()}
         ),
         "lcm.target": Change(learnt, "average", {"optimiser.ema_decay": 0.9}),
         "gradient_checkpointing": Change(recomputed, True),
