@@ -436,7 +436,7 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "lcm.w_channels": Change(trained, 32, {"lora": {}, "lcm.full": True}),
         "lcm.pixels.weight": Change(gradients, 0.5, {"lcm.pixels.decoder": "small decoder"}),
         "lcm.pixels.decoder": Change(
-            gradients, "another small decoder", {f"lcm.{key}": value for key, value in PIXELS.items()}
+            gradients, "another small decoder", {f"lcm.{key}": v for key, v in PIXELS.items()}
         ),
         "lcm.target": Change(learnt, "average", {"optimiser.ema_decay": 0.9}),
         "gradient_checkpointing": Change(recomputed, True),
