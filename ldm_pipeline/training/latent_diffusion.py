@@ -119,7 +119,7 @@ class OftenSettings(Settings):
     def _known(self) -> Self:
         for kind in self.kinds:
             choose("kinds", kind, KINDS)
-        if "times" in self.model_fields_set and not self.kinds:
+        if self.times != type(self).model_fields["times"].default and not self.kinds:
             raise ValueError(f"times={self.times} needs kinds: which pictures come so often")
         return self
 
@@ -251,7 +251,8 @@ class LatentDiffusionObjective(nn.Module):
         return {"loss": loss, **told}
 
     def _in_pixels(self, x: Tensor, answer: Tensor, batch: Batch) -> Tensor:
-        """The mean squared error in pixels of what the network's answer about x says is x0."""
+        """The mean squared error in pixels of what the network's answer about x says is x0, each
+        weighted by its level."""
         assert self.shown is not None
         z, t, corner = batch["z"], batch["t"], batch["corner"]
         x0 = interpret(PREDICTS, answer.to(z.dtype), x, *self.schedule.coefficients(t, like=z)).x0

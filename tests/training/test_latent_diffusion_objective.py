@@ -106,6 +106,9 @@ def test_kinds_and_decoders_that_are_not_there_are_refused(
         OftenSettings(kinds=("stars",))
     with pytest.raises(ValueError, match=r"times=3 needs kinds"):
         OftenSettings(times=3)
+    OftenSettings.model_validate(
+        OftenSettings().model_dump()
+    )  # as a run's own config.yaml tells it
     with pytest.raises(ValueError, match=r"weight=0.5 needs a decoder"):
         PixelSettings(weight=0.5)
     monkeypatch.setattr(LatentDiffusionObjective, "_cached", lambda _: (built.mean, built.std))
