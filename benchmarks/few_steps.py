@@ -28,8 +28,8 @@ from diffusers import AutoencoderTiny
 from benchmarks import full_architecture, sampling
 from ldm_pipeline import LatentDiffusionPipeline, load
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.images import psnr
 from ldm_pipeline.models import autoencoder, bundled, small_decoder
-from ldm_pipeline.training.autoencoder import psnr
 from ldm_pipeline.training.world_data import fresh_pictures
 
 SETTINGS = ((50, 7.5, "ddim"), (25, 7.5, "ddim"), (8, 1.0, "lcm"), (4, 1.0, "lcm"), (2, 1.0, "lcm"))

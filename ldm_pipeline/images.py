@@ -84,7 +84,12 @@ def to_tensor(pictures: Image.Image | np.ndarray | Sequence[Image.Image]) -> Ten
         if len({picture.size for picture in listed}) != 1:
             raise UserError(f"pictures of one batch must have one size, not {_sizes(listed)}")
         pages = np.stack([np.asarray(picture.convert("RGB")) for picture in listed])
-    return torch.from_numpy(pages.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1.0
+    return torch.tensor(pages).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
+
+
+def psnr(x: Tensor, y: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio of images in [-1, 1], in dB, [B]; the peak is 2."""
+    return 10 * torch.log10(4.0 / (x - y).square().flatten(1).mean(dim=1))
 
 
 def grown(

@@ -15,8 +15,8 @@ from diffusers.loaders import (
     TextualInversionLoaderMixin,
 )
 
-from ldm_pipeline.errors import UserError
 from ldm_pipeline.models.trust import check_adapter
+from ldm_pipeline.stock_arguments import check_safe
 
 
 class SafeLoaders(TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin):
@@ -67,7 +67,6 @@ class SafeXLLoaders(StableDiffusionXLLoraLoaderMixin):
 def safely(source: object, told: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a stock loader, with which it opens no pickle; `UserError` where they ask
     for one."""
-    if told.get("use_safetensors") is False:
-        raise UserError("use_safetensors=False is refused: a pickle can run any program")
+    check_safe(told.get("use_safetensors"))
     check_adapter(source, told.get("weight_name"), told.get("subfolder"))
     return {**told, "use_safetensors": True}

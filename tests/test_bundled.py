@@ -16,10 +16,9 @@ from ldm_pipeline.diffusion import Schedule
 from ldm_pipeline.diffusion.grids import consistency_grid
 from ldm_pipeline.evaluation.report import judged
 from ldm_pipeline.evaluation.retrieval import caption_accuracy
+from ldm_pipeline.images import psnr, to_tensor
 from ldm_pipeline.models import bundled
 from ldm_pipeline.models.autoencoder import decode, encode
-from ldm_pipeline.training.autoencoder import psnr
-from ldm_pipeline.training.world_data import as_tensor
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +111,7 @@ def test_the_small_decoder_decodes_as_the_large_one_does(
     small = load("bundled", decoder="small").vae
     assert not caplog.records, "stock's warnings of AutoencoderTiny's own configuration"
     samples = [World(7, "test")[i] for i in range(16)]
-    x = as_tensor([sample.picture for sample in samples])
+    x = to_tensor(np.stack([sample.picture for sample in samples]))
     with torch.no_grad():
         z, _ = encode(pipe.vae, x)
         own, full = (psnr(x, decode(vae, z).clamp(-1, 1)).mean() for vae in (small, pipe.vae))

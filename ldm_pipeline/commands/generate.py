@@ -178,11 +178,11 @@ def run(args: argparse.Namespace) -> None:
         digests=digests_of(source, loras, args.lcm, args.decoder),
     )
     output = check_output(args, prompts, seed)
-    longest = replace(recipe, prompts=(max(prompts, key=len),))
     if args.grid:
         check_fits(output, recipe, least_height(len(prompts), args.n))
     else:
-        check_fits(output, longest)
+        for prompt in prompts:
+            check_fits(output, replace(recipe, prompts=(prompt,)))
     pipeline = open_adapted(source, device, dtype, loras, decoder, memory)
     if given is not None:
         origin = pictures.settled(given.origin, pipeline.request_class.tasks)

@@ -67,10 +67,15 @@ def distilled_levels(
            with DDPM's linear one, half of the even levels say next to nothing
 
     `strength` in (0, 1] leaves those below this share of all timesteps, one level at least.
-    Raises UserError where several levels would meet in one timestep.
+    Raises UserError unless 1 <= original_steps <= T, and where several levels would meet in one
+    timestep or lie below the first.
     """
     choose("spacing", spacing, DISTILLED)
     total = schedule.num_train_timesteps
+    if not 1 <= original_steps <= total:
+        raise UserError(
+            f"original_steps={original_steps} must lie between 1 and the model's {total} levels"
+        )
     if spacing == "even":
         stride = total // original_steps
         left = max(1, int(original_steps * strength))
@@ -78,10 +83,10 @@ def distilled_levels(
     widest = math.atan(math.exp(-schedule.log_snr(total - 1.0) / 2))
     angles = (widest * i / original_steps for i in range(original_steps, 0, -1))
     levels = [float(round(schedule.level_of(-2 * math.log(math.tan(phi))))) for phi in angles]
-    if len(set(levels)) < original_steps:
+    if len(set(levels)) < original_steps or levels[-1] < 0:
         raise UserError(
             f"original_steps={original_steps} are too many for spacing='angle': the last ones"
-            " would meet in one timestep"
+            " would meet in one timestep, or lie below the first"
         )
     return tuple(t for t in levels if t < total * strength) or tuple(levels[-1:])
 

@@ -20,13 +20,8 @@ from ldm_pipeline.data.world import Description, Sample, Scene, World
 from ldm_pipeline.evaluation.judge import Reading, Verdict, agrees, read
 from ldm_pipeline.evaluation.metrics import Share
 from ldm_pipeline.grid import captioned_grid
-from ldm_pipeline.images import to_pictures
-from ldm_pipeline.models.quiet import quiet_transformers
-
-with quiet_transformers():
-    from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_img2img import (
-        retrieve_latents,
-    )
+from ldm_pipeline.images import psnr, to_pictures, to_tensor
+from ldm_pipeline.models import autoencoder
 
 READ_BACK = "scene read from its reconstruction"
 FLOORS = {
@@ -219,12 +214,10 @@ def reconstructed(vae: Any, pictures: int, seed: int) -> tuple[float, Share]:
     world, values, right = World(seed, "test"), [], []
     for first in tqdm(range(0, pictures, 20), desc="reconstructing", unit="batch", leave=False):
         samples = [world[i] for i in range(first, min(first + 20, pictures))]
-        x = torch.from_numpy(np.stack([sample.picture for sample in samples]))
-        x = x.permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1
-        z = retrieve_latents(vae.encode(x), sample_mode="argmax")
-        y = vae.decode(z).sample.clamp(-1, 1).float()
-        error = ((y - x.float()) / 2).square().flatten(1).mean(dim=1)
-        values += (-10 * torch.log10(error)).tolist()
+        x = to_tensor(np.stack([sample.picture for sample in samples])).to(vae.device)
+        z, _ = autoencoder.encode(vae, x.to(vae.dtype))
+        y = autoencoder.decode(vae, z).float().clamp(-1, 1)
+        values += psnr(x, y).tolist()
         decoded = ((y + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
         pairs = zip(samples, decoded, strict=True)
         right += [is_whole(read(picture), sample.scene) for sample, picture in pairs]

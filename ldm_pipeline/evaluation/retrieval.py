@@ -16,6 +16,7 @@ from transformers import CLIPModel, CLIPTokenizer
 from ldm_pipeline.data.world import Description, World, hard_negatives, phrase
 from ldm_pipeline.evaluation.judge import Reading, Seen, agrees
 from ldm_pipeline.evaluation.metrics import Share
+from ldm_pipeline.images import to_tensor
 from ldm_pipeline.models.trust import check_part
 
 CAPTIONS = 100
@@ -42,8 +43,7 @@ def caption_accuracy(folder: Path, pictures: int, seed: int) -> Share:
         wrong = _close(sample.description, rng) + _others(world, pictures + index * CAPTIONS, index)
         captions = [sample.caption, *wrong[: CAPTIONS - 1]]
         tokens = tokenizer(captions, padding=True, truncation=True, return_tensors="pt")
-        picture = torch.from_numpy(sample.picture).permute(2, 0, 1)[None].float() / 127.5 - 1
-        seen = model.get_image_features(pixel_values=picture).pooler_output
+        seen = model.get_image_features(pixel_values=to_tensor(sample.picture)).pooler_output
         read = model.get_text_features(input_ids=tokens.input_ids).pooler_output
         scores = torch.nn.functional.normalize(read, dim=-1) @ seen[0]
         outcomes.append(int(scores.argmax()) == 0)

@@ -85,7 +85,6 @@ def encode(
     length: int | None = None,
     clip_skip: int | None = None,
     convert: Convert | None = None,
-    warn: bool = True,
 ) -> Tensor:
     """Text embeddings [len(texts), L, C]: the encoder's last hidden states, layer-normed.
 
@@ -94,7 +93,7 @@ def encode(
     """
     if tokenizer is None or text_encoder is None:
         raise UserError(NO_ENCODER)
-    tokens = tokenise(tokenizer, texts, length=length, convert=convert, warn=warn)
+    tokens = tokenise(tokenizer, texts, length=length, convert=convert)
     return asking(text_encoder, device, clip_skip)(tokens.input_ids, tokens.attention_mask)[0]
 
 

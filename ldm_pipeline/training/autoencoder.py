@@ -27,6 +27,8 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from ldm_pipeline.data.world import Scene, World
+from ldm_pipeline.errors import UserError
+from ldm_pipeline.images import psnr, to_tensor
 from ldm_pipeline.training.config import (
     Fraction,
     NonNegative,
@@ -39,7 +41,7 @@ from ldm_pipeline.training.config import (
 )
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.start import take_weights
-from ldm_pipeline.training.world_data import WorldSettings, as_tensor, fresh_pictures, noise_of
+from ldm_pipeline.training.world_data import WorldSettings, fresh_pictures, noise_of
 
 Crop = Annotated[int, Field(gt=0, le=128, multiple_of=8)]
 
@@ -138,6 +140,8 @@ class AutoencoderObjective(nn.Module):
         else:
             take_weights(self.vae, config.begin_from)
         if config.decoder_only:
+            assert config.begin_from is not None
+            self.vae.register_to_config(scaling_factor=_scaling_factor(config.begin_from))
             for part in (self.vae.encoder, self.vae.quant_conv):
                 part.requires_grad_(False)
 
@@ -155,7 +159,10 @@ class AutoencoderObjective(nn.Module):
             crops.append(sample.picture[top : top + side, left : left + side])
             levels.append(config.latent_noise * rng.random())
         latent = (config.model.latent_channels, side // 8, side // 8)
-        batch = {"x": as_tensor(crops), "noise": noise_of(positions, latent, config.run.seed)}
+        batch = {
+            "x": to_tensor(np.stack(crops)),
+            "noise": noise_of(positions, latent, config.run.seed),
+        }
         if config.latent_noise:
             extra = noise_of(positions, latent, config.run.seed + 1)
             batch["extra"] = torch.tensor(levels).view(-1, 1, 1, 1) * extra
@@ -192,10 +199,24 @@ class AutoencoderObjective(nn.Module):
 
     @torch.no_grad()
     def export(self, folder: Path, updates: int) -> None:
-        """Write the autoencoder; its scaling factor gives latents of unit variance."""
-        scale = 1.0 / self.validate()["latent_std"]
-        self.vae.register_to_config(scaling_factor=round(scale, 5))
+        """Write the autoencoder; its scaling factor gives latents of unit variance, and stays what
+        it was where they are kept."""
+        if not self.config.decoder_only:
+            scale = 1.0 / self.validate()["latent_std"]
+            self.vae.register_to_config(scaling_factor=round(scale, 5))
         self.vae.save_pretrained(folder)
+
+
+def _scaling_factor(folder: Path) -> float:
+    """What the latents of the autoencoder in `folder` are multiplied by; UserError where it does
+    not say."""
+    try:
+        return float(AutoencoderKL.load_config(folder)["scaling_factor"])
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"begin_from: {folder} tells no scaling_factor in its config.json, which"
+            " decoder_only=true keeps"
+        ) from error
 
 
 def corner_of(
@@ -229,8 +250,3 @@ def _begin_well(vae: AutoencoderKL) -> None:
     latent = vae.config.latent_channels
     vae.quant_conv.weight[latent:] = 0.0
     vae.quant_conv.bias[latent:] = -4.0
-
-
-def psnr(x: Tensor, y: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of pictures in [-1, 1], in dB, [B]; the peak is 2."""
-    return 10 * torch.log10(4.0 / (x - y).square().flatten(1).mean(dim=1))

@@ -71,10 +71,23 @@ def bundle(parts: Parts, out: Path) -> Path:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    if out.exists():
-        shutil.rmtree(out)
-    unfinished.rename(out)
+    _exchange(unfinished, out)
     return out
+
+
+def _exchange(new: Path, out: Path) -> None:
+    """Put the folder `new` in the place of `out`, which is back where that fails."""
+    before = out.with_name(out.name + ".before")
+    shutil.rmtree(before, ignore_errors=True)
+    try:
+        if out.exists():
+            out.rename(before)
+        new.rename(out)
+    except OSError as error:
+        if before.exists() and not out.exists():
+            before.rename(out)
+        raise UserError(f"{out} cannot be written: {error.strerror}; {new} has it") from error
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def _must_be_free(out: Path, parts: Parts) -> None:

@@ -33,6 +33,7 @@ from ldm_pipeline.data.decoding import read_size
 from ldm_pipeline.data.order import epoch_order
 from ldm_pipeline.data.sources import BadPicture
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.images import to_tensor
 from ldm_pipeline.models import autoencoder
 from ldm_pipeline.models.conditioning import Conditioning
 from ldm_pipeline.too_large import in_memory
@@ -275,7 +276,8 @@ def _streamed(
     settings: CaptionedSettings, source: str, split: str | None, limit: int | None
 ) -> Path:
     """Where the copied rows of a source lie; a local file that has changed is copied anew."""
-    local = [path for path in (Path(source), *Path(source).rglob("*")) if path.is_file()]
+    place = Path(source).expanduser()
+    local = [path for path in (place, *place.rglob("*")) if path.is_file()]
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in local]
     told = repr((source, split, limit, sorted(facts)))
     return settings.cache / "rows" / hashlib.sha256(told.encode()).hexdigest()[:16]
@@ -346,8 +348,7 @@ def _encoded(sample: Sample, vae: AutoencoderKL, strict: bool) -> Entry | None:
             raise
         log.warning("left out: %s", error)
         return None
-    pixels = torch.tensor(sample.transform.picture(picture.pixels)).permute(2, 0, 1)
-    x = (pixels.float() / 127.5 - 1.0)[None].to(vae.device, vae.dtype)
+    x = to_tensor(sample.transform.picture(picture.pixels)).to(vae.device, vae.dtype)
     mean, std = autoencoder.encode(vae, x)
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
         raise UserError(

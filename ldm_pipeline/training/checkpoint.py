@@ -48,10 +48,12 @@ def save(
         _sweep(folder)
         unfinished.mkdir()
         _fill(unfinished, parts, {**state, "step": step})
+        aside = unfinished.with_name(f"{unfinished.name}-before")
         if final.exists():
-            shutil.rmtree(final)
+            final.rename(aside)
         unfinished.rename(final)
         flush(folder)
+        shutil.rmtree(aside, ignore_errors=True)
     return final
 
 

@@ -34,6 +34,7 @@ from ldm_pipeline.data.world import (
     phrase,
 )
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.images import to_tensor
 from ldm_pipeline.models.text import tokenise
 from ldm_pipeline.training.config import (
     NonNegative,
@@ -47,7 +48,7 @@ from ldm_pipeline.training.layout import FINE, LayoutHead, WordsHead, labels_of
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.start import part_of, take_weights
 from ldm_pipeline.training.tokenizer import train_tokenizer
-from ldm_pipeline.training.world_data import WorldSettings, as_tensor
+from ldm_pipeline.training.world_data import WorldSettings
 
 SIDE = 128
 LENGTHS = 4
@@ -130,7 +131,7 @@ class ClipObjective(nn.Module):
             captions += [sample.caption, *wrong]
         tokens = tokenise(self.tokenizer, captions, warn=False).input_ids
         batch = {
-            "pictures": as_tensor(pictures),
+            "pictures": to_tensor(np.stack(pictures)),
             "tokens": tokens.view(len(pictures), -1, tokens.shape[-1]),
         }
         if labels:
@@ -204,7 +205,7 @@ class ClipObjective(nn.Module):
             captions += [sample.caption, *wrong]
         tokens = tokenise(self.tokenizer, captions, warn=False).input_ids
         device = self.clip.device
-        batch = {"pictures": as_tensor(pictures), "tokens": tokens.view(256, 5, -1)}
+        batch = {"pictures": to_tensor(np.stack(pictures)), "tokens": tokens.view(256, 5, -1)}
         measures = self({name: value.to(device) for name, value in batch.items()})
         return {name: float(value) for name, value in measures.items()}
 

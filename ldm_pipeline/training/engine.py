@@ -47,7 +47,7 @@ from ldm_pipeline.training.progress import Checkpoints, Progress
 from ldm_pipeline.training.resuming import FILE_NAME, check_resume, say_what_changed
 from ldm_pipeline.training.sharding import Shards, sharding
 from ldm_pipeline.training.signals import leave_signals_to_the_run, stop_on_signals
-from ldm_pipeline.training.start import compiled, precision, warn_of_accelerate
+from ldm_pipeline.training.start import compiled, compiles, precision, warn_of_accelerate
 from ldm_pipeline.training.steps import Steps, seed_of
 from ldm_pipeline.training.tracking import check_tracker, keep_picture, start_tracker
 from ldm_pipeline.training.updates import (
@@ -139,7 +139,7 @@ class _Run:
         self.checkpoints = Checkpoints(
             config, self.ranks, self.trained, self.optimiser, self.average, self.accelerator.scaler
         )
-        self.forward = self._compiled() if run.compile else self.module
+        self.forward = self._compiled() if run.compile and compiles() else self.module
         at = self.checkpoints.resume()
         self.done = self.logged = at.done
         self.accumulation, self.best, self.owed = at.pieces, at.best, at.owed
@@ -198,6 +198,9 @@ class _Run:
                 if logging_now:
                     self._log(since / (done - self.logged), norm, done - self.logged, bar)
                     since, self.logged = torch.zeros(0), done
+                if validating and saving:
+                    self.owed = True  # should the validation fail, the steps before it are kept
+                    self._save()
                 if validating:
                     self._validate(stop, bar)
                 stopping = stopping or self.owed

@@ -32,6 +32,7 @@ from ldm_pipeline.diffusion.losses import Loss, denoising_errors, denoising_loss
 from ldm_pipeline.diffusion.prediction import interpret
 from ldm_pipeline.diffusion.schedule import Schedule
 from ldm_pipeline.errors import UserError, choose
+from ldm_pipeline.images import to_tensor
 from ldm_pipeline.models import autoencoder
 from ldm_pipeline.models.quiet import quiet_transformers
 from ldm_pipeline.models.text import tokenise
@@ -56,7 +57,6 @@ from ldm_pipeline.training.shares import share_of
 from ldm_pipeline.training.start import attend_quickly, precision, take_weights
 from ldm_pipeline.training.world_data import (
     CachedWorldSettings,
-    as_tensor,
     cached_latents,
     fresh_caption,
     key_at,
@@ -342,4 +342,4 @@ def _order(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def _stack(samples: list) -> Tensor:
-    return as_tensor([sample.picture for sample in samples])
+    return to_tensor(np.stack([sample.picture for sample in samples]))

@@ -68,6 +68,11 @@ class DistillationSettings(Settings):
     stride: Positive = Field(
         default=1, description="levels that a step of the teacher goes down (2310.04378, alg. 1, k)"
     )
+    towards_noise: Annotated[float, Field(ge=0, le=10)] = Field(
+        default=0.0,
+        description="0 draws all these levels as often; 2 the noisier half in 7 of 8 samples "
+        "(1 - 2^-(1 + it)): the first of few steps, from noise alone, decides what is where",
+    )
     timestep_scaling: PositiveFloat = Field(default=10.0, description="of the boundary condition")
     w: tuple[NonNegativeFloat, NonNegativeFloat] = Field(
         default=(5.0, 15.0), description="the teacher's guidance_scale - 1, drawn between these"
@@ -121,6 +126,11 @@ class LcmConfig(AdapterConfig):
             raise ValueError("set data (captioned pictures) or world (the picture world), not both")
         if self.lcm.target == "average" and not self.optimiser.ema_decay:
             raise ValueError("lcm.target=average needs optimiser.ema_decay, as 0.95")
+        if self.pictures.prompts and self.pictures.few > self.lcm.original_steps:
+            raise ValueError(
+                f"pictures.few={self.pictures.few} must be at most"
+                f" lcm.original_steps={self.lcm.original_steps}, the levels that a student knows"
+            )
         if self.lcm.full and self.lora != AdapterSettings():
             raise ValueError("lcm.full=true trains a whole UNet, no adapter; leave lora out")
         if self.lcm.full and self.lcm.spacing != "even":
@@ -166,8 +176,11 @@ class LcmObjective(AdapterObjective):
 
     def _level(self, rng: np.random.Generator, share: float | None) -> dict[str, Tensor]:
         """The pair of levels and the guidance strength of a sample."""
-        t, s = self.pairs[int((rng.random() if share is None else share) * len(self.pairs))]
-        low, high = self.config.lcm.w
+        lcm = self.config.lcm
+        if share is None:
+            share = rng.random() ** (1 / (1 + lcm.towards_noise))
+        t, s = self.pairs[min(int(share * len(self.pairs)), len(self.pairs) - 1)]
+        low, high = lcm.w
         w = torch.tensor(low + (high - low) * rng.random(), dtype=torch.float32)
         drawn = {"t": torch.tensor(t), "s": torch.tensor(s), "w": w}
         return drawn if self.shown is None else {**drawn, "corner": a_corner(rng)}
@@ -254,8 +267,10 @@ class LcmObjective(AdapterObjective):
         return note.texts()
 
     def _use(self) -> str:
-        steps = _steps(self.config.lcm, self.schedule, 4)
+        few = min(4, self.config.lcm.original_steps)
+        steps = _steps(self.config.lcm, self.schedule, few)
         values = {
+            "few": few,
             "name": FILE_NAME,
             "base": self.config.model,
             "original": self.config.lcm.original_steps,
@@ -268,10 +283,10 @@ class LcmObjective(AdapterObjective):
 def _pairs(lcm: DistillationSettings, schedule: Schedule) -> tuple[tuple[float, float], ...]:
     """The pairs of levels that are trained, from the least noise; `UserError` where the model has
     fewer levels than are asked for."""
-    levels, steps = schedule.num_train_timesteps, lcm.original_steps
-    if steps > levels:
-        raise UserError(f"lcm.original_steps={steps} must be at most the model's {levels} levels")
-    return neighbours(schedule, steps, lcm.spacing, lcm.stride)[::-1]
+    try:
+        return neighbours(schedule, lcm.original_steps, lcm.spacing, lcm.stride)[::-1]
+    except UserError as error:
+        raise UserError(f"lcm.{error}") from error
 
 
 def _steps(lcm: DistillationSettings, schedule: Schedule, n: int) -> int | list[int]:
@@ -282,7 +297,7 @@ def _steps(lcm: DistillationSettings, schedule: Schedule, n: int) -> int | list[
     return [int(t) for t in levels[:-1]]
 
 
-USE = """    ldm generate "…" --model {base} --lcm {name} --steps 4
+USE = """    ldm generate "…" --model {base} --lcm {name} --steps {few}
 
 or, in stock diffusers,
 

@@ -23,9 +23,10 @@ from torch import Tensor, nn
 
 from ldm_pipeline.data.world import World
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.images import psnr, to_tensor
 from ldm_pipeline.models import autoencoder
 from ldm_pipeline.processes.ranks import Ranks, launched
-from ldm_pipeline.training.autoencoder import Crop, LikenessSettings, corner_of, psnr
+from ldm_pipeline.training.autoencoder import Crop, LikenessSettings, corner_of
 from ldm_pipeline.training.config import (
     Fraction,
     NonNegativeFloat,
@@ -39,7 +40,6 @@ from ldm_pipeline.training.shares import share_of
 from ldm_pipeline.training.start import precision, take_weights
 from ldm_pipeline.training.world_data import (
     CachedWorldSettings,
-    as_tensor,
     cached_latents,
     fresh_pictures,
     key_at,
@@ -130,7 +130,7 @@ class SmallDecoderObjective(nn.Module):
             cut.append(torch.stack([self.mean[index][places], self.std[index][places]]))
         mean, std = torch.stack(cut).float().unbind(1)
         noise = noise_of(positions, tuple(mean.shape[1:]), config.run.seed)
-        return {"x": as_tensor(crops), "z": mean + std * noise}
+        return {"x": to_tensor(np.stack(crops)), "z": mean + std * noise}
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
         """The weighted loss and its terms."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from transformers import PreTrainedModel
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora import files
 from ldm_pipeline.lora.inject import Adapter
+from ldm_pipeline.lora.weights import LORA_A, LORA_B, split
+from ldm_pipeline.models import compiling
 from ldm_pipeline.models.precision import quick_in_bfloat16
 from ldm_pipeline.processes.ranks import launched
 from ldm_pipeline.training.config import RunSettings
@@ -29,6 +32,9 @@ SMALL_GRID = 32
 
 SPARE_SHAPES = 8
 """Compilations for what cannot be foreseen: pieces that were halved, or a sample by itself."""
+
+RANK_AXIS = {LORA_A: 0, LORA_B: 1}
+"""Which axis of a LoRA's parts counts its ranks."""
 
 NAMES = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
@@ -72,25 +78,41 @@ def check_adapter(place: Path) -> None:
 
 @torch.no_grad()
 def take_adapter(adapter: Adapter, place: Path) -> None:
-    """Put the values in a LoRA file into `adapter`; raises UserError where it is one of another
-    shape."""
-    parameters, loaded = adapter.parameters, files.load(place)
-    found = loaded.tensors
-    shapes = {name: tuple(value.shape) for name, value in found.items()}
-    wanted = {name: tuple(value.shape) for name, value in parameters.items()}
-    if shapes != wanted:
-        odd = sorted(shapes.items() ^ wanted.items())
+    """Put a LoRA file into `adapter`, which then changes its networks as the file does.
+
+    Its ranks may be higher than the file's: the further rows of A stay as they were drawn, and the
+    further columns of B zero. Where alphas differ, B makes up for it. Raises UserError, and leaves
+    `adapter` as it was, for a file of other modules, of a higher rank, or of another kind (DoRA).
+    """
+    loaded = files.load(place)
+    odd = sorted(loaded.tensors.keys() ^ adapter.parameters.keys())
+    if odd:
         raise UserError(
-            f"begin_from: {place} is an adapter of another shape than lora.* asks for "
-            f"({len(odd)} differences, as {odd[0][0]})"
+            f"begin_from: {place} does not adapt what lora.* asks for ({len(odd)} differences, as"
+            f" {odd[0]})"
         )
-    if dict(loaded.layouts) != dict(adapter.layouts):
-        raise UserError(
-            f"begin_from: {place} has another alpha, dora or rslora than lora.* asks for; the same "
-            "numbers would count for more or less"
-        )
-    for name, parameter in parameters.items():
-        parameter.copy_(found[name])
+    for name, parameter in adapter.parameters.items():
+        there, here = tuple(loaded.tensors[name].shape), tuple(parameter.shape)
+        if not _fits(there, here, RANK_AXIS.get(split(name)[2])):
+            raise UserError(
+                f"begin_from: {name} in {place} has the shape {list(there)}, which lora.* makes"
+                f" {list(here)}; only a lower rank can be gone on from (ldm lora resize lowers it)"
+            )
+    for name, parameter in adapter.parameters.items():
+        component, module, part = split(name)
+        found = loaded.tensors[name]
+        if part == LORA_B:
+            theirs, ours = (w.layouts[component].scale(module) for w in (loaded, adapter))
+            found = found * (theirs / ours)
+        parameter[tuple(slice(n) for n in found.shape)] = found
+
+
+def _fits(found: Sequence[int], ours: Sequence[int], rank_axis: int | None) -> bool:
+    """Whether two shapes of a LoRA's part are the same but for a lower rank of the one found."""
+    if len(found) != len(ours):
+        return False
+    apart = [axis for axis, (n, m) in enumerate(zip(found, ours, strict=True)) if n != m]
+    return not apart or (apart == [rank_axis] and found[apart[0]] < ours[apart[0]])
 
 
 def precision(asked: str, device: str | None = None) -> str:
@@ -145,6 +167,18 @@ def recompute(*networks: nn.Module) -> None:
             # Later versions of transformers 5 call it otherwise, and warn of the earlier name.
             earlier = network.gradient_checkpointing_enable
             getattr(network, "activation_checkpointing_enable", earlier)({"use_reentrant": False})
+
+
+def compiles() -> bool:
+    """Whether this machine can compile what is trained; where it cannot, a line says why."""
+    state = launched()
+    try:
+        compiling.check(state.device)
+    except UserError as error:
+        if state.is_main_process:
+            log.warning("going on without run.compile: %s", error)
+        return False
+    return True
 
 
 def compiled(module: nn.Module, shapes: int = 1) -> Any:

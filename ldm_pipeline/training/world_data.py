@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ldm_pipeline.data.cache import Cache, Entry, Share, fill, key_of
 from ldm_pipeline.data.world import World, caption_of, held_out_caption
+from ldm_pipeline.images import to_tensor
 from ldm_pipeline.models import autoencoder
 from ldm_pipeline.too_large import in_memory
 from ldm_pipeline.training.config import NonNegative, Positive, Settings
@@ -34,16 +35,10 @@ class CachedWorldSettings(WorldSettings):
     cache: Path = Path("cache")
 
 
-def as_tensor(pictures: list[np.ndarray]) -> Tensor:
-    """uint8 pictures [H, W, 3] as one float tensor [B, 3, H, W] in [-1, 1]."""
-    stacked = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
-    return stacked.float() / 127.5 - 1.0
-
-
 def fresh_pictures(n: int, seed: int = 0) -> Tensor:
     """The first `n` pictures of the "test" split, [n, 3, 128, 128] in [-1, 1]."""
     world = World(seed, "test")
-    return as_tensor([world[i].picture for i in range(n)])
+    return to_tensor(np.stack([world[i].picture for i in range(n)]))
 
 
 def noise_of(positions: range, shape: tuple[int, ...], seed: int) -> Tensor:
@@ -92,8 +87,8 @@ def cached_latents(
     @torch.no_grad()
     def encode(indices: Sequence[int]) -> list[Entry]:
         told = (places[i] for i in indices)
-        pictures = as_tensor([world[index].picture for world, index in told]).to(vae.device)
-        mean, std = autoencoder.encode(vae, pictures)
+        pictures = np.stack([world[index].picture for world, index in told])
+        mean, std = autoencoder.encode(vae, to_tensor(pictures).to(vae.device))
         halves = zip(mean.half().cpu(), std.half().cpu(), strict=True)
         return [{"mean": m, "std": s} for m, s in halves]
 

@@ -129,3 +129,11 @@ def test_mistakes_are_named() -> None:
         distilled_levels(SCHEDULE, spacing="angel")
     with pytest.raises(UserError, match="original_steps=1000 are too many"):
         distilled_levels(SCHEDULE, 1000, spacing="angle")
+    # Apart from each other, but the last one would lie below the first timestep.
+    assert distilled_levels(SCHEDULE, 50, spacing="angle")[-1] >= 0
+    with pytest.raises(UserError, match="original_steps=110 are too many"):
+        distilled_levels(SCHEDULE, 110, spacing="angle")
+    for spacing in ("even", "angle"):
+        for steps in (-1, 0, 1001):
+            with pytest.raises(UserError, match="must lie between 1 and the model's 1000 levels"):
+                distilled_levels(SCHEDULE, steps, spacing=spacing)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,13 +15,14 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from torch import Tensor, nn
 
 from ldm_pipeline.data.world import World
+from ldm_pipeline.errors import UserError
+from ldm_pipeline.images import psnr, to_tensor
 from ldm_pipeline.training.autoencoder import (
     AutoencoderConfig,
     AutoencoderObjective,
     corner_of,
-    psnr,
 )
-from ldm_pipeline.training.world_data import as_tensor, fresh_pictures, noise_of
+from ldm_pipeline.training.world_data import fresh_pictures, noise_of
 from tests.training import laws
 
 
@@ -44,6 +47,20 @@ def test_a_decoder_alone_is_trained_on_latents_that_stay(
     assert trained == {"decoder", "post_quant_conv"}
 
 
+def test_a_decoder_alone_keeps_the_scale_of_its_latents(
+    autoencoder_config: AutoencoderConfig, autoencoder_folder: Path, tmp_path: Path
+) -> None:
+    begun = shutil.copytree(autoencoder_folder, tmp_path / "begun")
+    told = json.loads((begun / "config.json").read_text())
+    (begun / "config.json").write_text(json.dumps({**told, "scaling_factor": 0.12345}))
+    config = autoencoder_config.model_copy(update={"begin_from": begun, "decoder_only": True})
+    AutoencoderObjective(config).export(tmp_path / "out", 0)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["scaling_factor"] == 0.12345
+    (begun / "config.json").unlink()
+    with pytest.raises(UserError, match="tells no scaling_factor"):
+        AutoencoderObjective(config)
+
+
 def test_a_decoder_alone_needs_the_encoder_that_it_reads(
     autoencoder_config: AutoencoderConfig,
 ) -> None:
@@ -58,7 +75,7 @@ def test_samples_are_cut_from_the_world(objective: AutoencoderObjective) -> None
     assert batch["x"].shape == (2, 3, 32, 32)
     assert batch["noise"].shape == (2, 4, 4, 4)
     for position, crop in zip((3, 4), batch["x"], strict=True):
-        windows = as_tensor([World(0)[position].picture])[0].unfold(1, 32, 1).unfold(2, 32, 1)
+        windows = to_tensor(World(0)[position].picture)[0].unfold(1, 32, 1).unfold(2, 32, 1)
         same = (windows == crop[:, None, None]).all(dim=(0, 3, 4))
         assert same.any()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -108,6 +109,28 @@ def test_only_a_bundle_is_replaced(model: Path, tmp_path: Path) -> None:
         bundle(Parts(model, model), model / "model_index.json")
     assert (runs / "unet" / "checkpoints").is_dir()
     assert (model / "unet").is_dir()
+
+
+def test_a_bundle_that_cannot_be_put_in_place_leaves_the_old_one(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = bundle(Parts(model, model), tmp_path / "out")
+    (out / "mark").touch()
+    rename = Path.rename
+
+    def failing(self: Path, target: Path) -> Path:
+        if self.name == "out.unfinished":
+            raise OSError(errno.EACCES, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    with pytest.raises(UserError, match=r"out cannot be written: Permission denied"):
+        bundle(Parts(model, model), out)
+    assert (out / "mark").is_file()
+    monkeypatch.undo()
+    bundle(Parts(model, model), out)
+    assert not (out / "mark").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
 
 
 @pytest.mark.parametrize("part", ["report", "lcm", "decoder", "history"])

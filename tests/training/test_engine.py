@@ -134,6 +134,27 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(tmp_path: Path) -> None:
     assert_same(exported(whole), exported(broken))
 
 
+def test_a_validation_that_fails_costs_no_step(tmp_path: Path) -> None:
+    """What was done before it is saved; the run that goes on from there makes it first."""
+
+    class Failing(Toy):
+        def validate(self) -> dict[str, float]:
+            raise UserError("no room for the pictures")
+
+    whole = settings(tmp_path / "whole", save_every=2)
+    broken = settings(tmp_path / "broken", save_every=2)
+    fit(Toy(whole), whole)
+    with pytest.raises(UserError, match="no room"):
+        fit(Failing(broken), broken)
+    assert [path.name for path in (tmp_path / "broken" / "checkpoints").iterdir()] == [
+        "step-00000002"
+    ]
+    with pytest.raises(UserError, match="no room"):
+        fit(Failing(broken, lambda _: pytest.fail("went on without")), broken)
+    fit(Toy(broken), broken)
+    assert_same(exported(whole), exported(broken))
+
+
 def test_a_damaged_checkpoint_costs_only_its_interval(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -170,6 +191,20 @@ def test_a_second_signal_ends_at_once_and_handlers_come_back(tmp_path: Path) -> 
         fit(Toy(config, twice), config)
     assert checkpoint.newest(tmp_path / "checkpoints") is None
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+
+def test_without_a_compiler_a_run_goes_on_without_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = settings(tmp_path / "plain")
+    fit(Toy(plain), plain)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    told = settings(tmp_path / "compiled")
+    asked = told.model_copy(update={"run": told.run.model_copy(update={"compile": True})})
+    fit(Toy(asked), asked)
+    (line,) = [m for m in caplog.messages if "C++ compiler" in m]
+    assert line.startswith("going on without run.compile: ")
+    assert_same(exported(plain), exported(asked))
 
 
 def test_a_finished_run_only_exports(tmp_path: Path) -> None:

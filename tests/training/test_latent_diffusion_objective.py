@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 from ldm_pipeline import load
 from ldm_pipeline.data.world import World
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.images import to_tensor
 from ldm_pipeline.models import autoencoder
 from ldm_pipeline.training.latent_diffusion import (
     LatentDiffusionConfig,
@@ -23,7 +24,6 @@ from ldm_pipeline.training.latent_diffusion import (
 )
 from ldm_pipeline.training.levels import LevelSettings
 from ldm_pipeline.training.pixels import PixelSettings, a_corner, quarter
-from ldm_pipeline.training.world_data import as_tensor
 from tests.conftest import tiny_small_vae
 from tests.training import laws
 
@@ -59,7 +59,7 @@ def test_the_laws_of_objectives(objective: LatentDiffusionObjective) -> None:
 
 
 def test_the_cached_latents_are_those_of_the_pictures(built: LatentDiffusionObjective) -> None:
-    pictures = as_tensor([World(0)[i].picture for i in range(PICTURES)])
+    pictures = to_tensor(np.stack([World(0)[i].picture for i in range(PICTURES)]))
     with torch.no_grad(), autoencoder.quick(built._vae[0], "no"):
         mean, std = autoencoder.encode(built._vae[0], pictures)
     # float16 has 11 bits.

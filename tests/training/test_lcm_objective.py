@@ -22,6 +22,7 @@ from ldm_pipeline.data.captioned import load
 from ldm_pipeline.data.world import World, held_out_caption
 from ldm_pipeline.diffusion.grids import consistency_grid
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.images import to_tensor
 from ldm_pipeline.lora import files
 from ldm_pipeline.lora.notes import LcmNote, read_note
 from ldm_pipeline.models import autoencoder
@@ -32,7 +33,6 @@ from ldm_pipeline.training.lcm import LcmConfig, LcmObjective
 from ldm_pipeline.training.lcm_full import FullLcmObjective
 from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.updates import MovingAverage
-from ldm_pipeline.training.world_data import as_tensor
 from tests.conftest import build, tiny_scheduler, tiny_small_vae
 from tests.training import laws
 from tests.training.conftest import captioned
@@ -195,6 +195,16 @@ def test_levels_are_the_grid_s_and_strengths_are_drawn_for_each_sample(folder: P
     assert float(w.mean()) == pytest.approx(2.0, abs=4 / (3 * 160) ** 0.5)
     assert 1 <= float(w.min()) < 1.1
     assert 2.9 < float(w.max()) <= 3
+
+
+def test_noisy_levels_may_come_more_often(folder: Path) -> None:
+    lcm = {"original_steps": 10, "towards_noise": 2.0}
+    objective = built(config_of(folder, lcm=lcm))
+    groups = [g for i in range(40) for g in objective.batch(range(4 * i, 4 * i + 4))["groups"]]
+    t = torch.cat([group["t"] for group in groups])
+    # 160 draws, of which 7 in 8 are of the noisier half: 4 standard errors.
+    assert float((t > 500).float().mean()) == pytest.approx(7 / 8, abs=0.105)
+    assert t.min() < 500
 
 
 def test_under_autocast_the_gradient_is_the_student_s(folder: Path) -> None:
@@ -469,7 +479,7 @@ def test_the_world_s_pictures_are_encoded_once_and_worded_anew(world: LcmConfig)
     objective = built(world)
     encoder = open_model("", torch.float32)
     for split, samples in (("train", objective.data.samples), ("test", objective.data.measured)):
-        pictures = as_tensor([World(0, split)[i].picture for i in range(len(samples))])
+        pictures = to_tensor(np.stack([World(0, split)[i].picture for i in range(len(samples))]))
         with torch.no_grad(), autoencoder.quick(encoder.vae, "no"):
             mean, _ = autoencoder.encode(encoder.vae, pictures)
         for i, sample in enumerate(samples):
@@ -510,6 +520,7 @@ def test_mistakes_are_named(folder: Path) -> None:
         ({"lcm": {"target": "average"}}, "needs optimiser.ema_decay"),
         ({"world": {"picturs": 3}}, "did you mean 'pictures'"),
         ({"lcm": {"original_steps": 1001}}, "lcm.original_steps=1001: must be at most 1000"),
+        ({"pictures": {"few": 51, "prompts": ["a"]}}, "few=51 must be at most lcm.original_s"),
         ({"lcm": {"full": True, "spacing": "angle"}, "lora": {}}, "goes with lcm.spacing=even"),
     ):
         with pytest.raises(UserError, match=words):
@@ -519,10 +530,10 @@ def test_mistakes_are_named(folder: Path) -> None:
         few = tiny_scheduler(num_train_timesteps=500)
         return LatentDiffusionPipeline(**build(scheduler=few)).to(dtype)
 
-    with pytest.raises(UserError, match=r"original_steps=501 must be at most the model's 500"):
+    with pytest.raises(UserError, match=r"lcm\.original_steps=501 must lie between 1 and"):
         LcmObjective(config_of(folder, lcm={"original_steps": 501}), few_levels)
     close = config_of(folder, lcm={"original_steps": 400, "spacing": "angle"})
-    with pytest.raises(UserError, match=r"original_steps=400 are too many for spacing='angle'"):
+    with pytest.raises(UserError, match=r"lcm\.original_steps=400 are too many"):
         LcmObjective(close, few_levels)
     assert close.data is not None
     assert not close.data.cache.exists(), "they were found before pictures were encoded"

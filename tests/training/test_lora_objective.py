@@ -458,12 +458,42 @@ def test_stock_diffusers_draws_what_was_trained(folder: Path, opened: Counted, t
     again = LoraObjective(config.model_copy(update={"begin_from": final}), opened)
     for name, value in objective.adapter.parameters.items():
         assert torch.equal(value, again.adapter.parameters[name]), name
-    louder = config_of(folder, lora={"alpha": 32.0}).model_copy(update={"begin_from": final})
-    with pytest.raises(UserError, match="another alpha"):
-        LoraObjective(louder, opened)
-    wider = config_of(folder, lora={"rank": 8}).model_copy(update={"begin_from": final})
-    with pytest.raises(UserError, match="another shape"):
-        LoraObjective(wider, opened)
+
+
+def test_a_run_goes_on_from_a_lower_rank(folder: Path, opened: Counted, tiny: Any) -> None:
+    """It draws what the file draws, whatever its alpha, and what is new can learn; a higher rank,
+    other modules and another kind are refused, with the adapter as it was."""
+    config = config_of(folder, lora={"rank": 3, "alpha": 6.0})
+    final = fit(LoraObjective(config, opened), config)
+
+    def begun(place: Path, **lora: Any) -> LoraObjective:
+        told = config_of(folder, lora=lora).model_copy(update={"begin_from": place})
+        return LoraObjective(told, opened)
+
+    stock = StableDiffusionPipeline(**copy.deepcopy(tiny()), requires_safety_checker=False)
+    stock.load_lora_weights(final)
+    same: list[dict[str, Any]] = [
+        {"rank": 3, "alpha": 1.0},
+        {"rank": 8},
+        {"rank": 8, "rslora": True},
+    ]
+    for lora in same:
+        objective = begun(final, **lora)
+        parts = {**copy.deepcopy(tiny()), "unet": objective.unet}
+        picture = drawn(StableDiffusionPipeline(**parts, requires_safety_checker=False))
+        assert torch.allclose(picture, drawn(stock), atol=1e-5), lora
+        for name, value in objective.adapter.parameters.items():
+            if name.endswith("lora_A.weight"):
+                assert value.flatten(1).norm(dim=1).min() > 0, name
+    other: list[tuple[dict[str, Any], str]] = [
+        ({"rank": 2}, r"has the shape \[3, .*, which lora\.\* makes \[2, .*lower rank"),
+        ({"rank": 3, "targets": "all"}, "does not adapt what"),
+        ({"rank": 3, "text_encoder": True}, "does not adapt what"),
+        ({"rank": 3, "dora": True}, "does not adapt what"),
+    ]
+    for lora, told in other:
+        with pytest.raises(UserError, match=told):
+            begun(final, **lora)
 
 
 class Stopping(LoraObjective):

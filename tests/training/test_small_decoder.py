@@ -11,6 +11,7 @@ from diffusers import AutoencoderTiny
 
 from ldm_pipeline.data.world import World
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.images import to_tensor
 from ldm_pipeline.models import autoencoder
 from ldm_pipeline.training.small_decoder import (
     SmallDecoderConfig,
@@ -18,7 +19,6 @@ from ldm_pipeline.training.small_decoder import (
     SmallDecoderSettings,
     small_autoencoder,
 )
-from ldm_pipeline.training.world_data import as_tensor
 from tests.training import laws
 
 
@@ -52,7 +52,7 @@ def test_crops_and_latents_are_of_one_place(objective: SmallDecoderObjective) ->
     objective.std = torch.zeros_like(objective.std)
     batch = objective.batch(range(6))
     for position, (crop, z) in enumerate(zip(batch["x"], batch["z"], strict=True)):
-        picture = as_tensor([World(0)[position].picture])
+        picture = to_tensor(World(0)[position].picture)
         with torch.no_grad():
             whole, _ = autoencoder.encode(objective._large[0], picture)
         found = [

@@ -174,6 +174,22 @@ def test_limit_cuts_the_source_alone(table: Path, tmp_path: Path) -> None:
         assert (len(data.samples), len(data.kept)) == (2, ROWS)
 
 
+def test_a_table_in_the_home_that_has_changed_is_copied_anew(
+    table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(table.parent))
+    short = Path("~") / table.name
+
+    def copies() -> int:
+        Captioned(settings(short, tmp_path / "cache"), 0, 2)
+        return len(list((tmp_path / "cache" / "rows").iterdir()))
+
+    assert (copies(), copies()) == (1, 1)
+    file = next(path for path in (table, *table.rglob("*")) if path.is_file())
+    os.utime(file, (0, 0))
+    assert copies() == 2
+
+
 def test_a_batch_has_the_rows_captions(table: Path, tmp_path: Path) -> None:
     config = config_of(table, tmp_path / "run", stream=True, captions={"dropout": 0.0})
     objective = LoraObjective(config, open_model)

@@ -16,7 +16,6 @@ from ldm_pipeline.data.world.scene import (
     KINDS,
     PATTERNS,
     PLACES,
-    RELATIONS,
     SIZES,
     STYLES,
     Background,
@@ -29,7 +28,7 @@ from ldm_pipeline.data.world.shapes import ROLES
 from ldm_pipeline.data.world.world import SPLITS, Sample, World, caption_of, write_folder
 
 __all__ = [
-    "COLOURS", "HELD_OUT_PAIRS", "KINDS", "PATTERNS", "PLACES", "RELATIONS", "ROLES", "SIZES",
+    "COLOURS", "HELD_OUT_PAIRS", "KINDS", "PATTERNS", "PLACES", "ROLES", "SIZES",
     "SPLITS", "STYLES", "VOCABULARY", "Background", "Description", "Mention", "Sample", "Scene",
     "Thing", "World", "caption_of", "describe", "hard_negatives", "held_out_caption",
     "held_out_pair", "masks", "phrase", "render", "roles_at", "sample_scene", "write_folder",

@@ -28,6 +28,7 @@ from ldm_pipeline.data.world.scene import (
     relation_of,
 )
 from ldm_pipeline.data.world.words import (
+    A_PICTURE_OF,
     AFTER_BACKGROUND,
     BACKGROUND_PHRASES,
     COLOUR_WORDS,
@@ -39,6 +40,8 @@ from ldm_pipeline.data.world.words import (
     SIZE_WORDS,
     STYLE_TAILS,
     STYLE_WORDS,
+    THERE_ARE,
+    THERE_IS,
     VOCABULARY,
     plural,
     words_of,
@@ -158,8 +161,8 @@ def _lead_in(rng: np.random.Generator, full: bool, many: bool) -> str:
     if not full or rng.random() > 0.28:
         return ""
     if rng.random() < 0.25:
-        return "there are" if many else "there is"
-    return pick(rng, ("a picture of", "an image of", "a drawing of", "an illustration of"))
+        return THERE_ARE if many else THERE_IS
+    return pick(rng, A_PICTURE_OF)
 
 
 def _listed(parts: Sequence[str], rng: np.random.Generator) -> str:

@@ -49,7 +49,6 @@ PLACES = (
     "top left corner", "top", "top right corner", "left", "centre", "right",
     "bottom left corner", "bottom", "bottom right corner",
 )  # fmt: skip
-RELATIONS = ("left of", "right of", "above", "below")
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 CASES = ("single", "related pair", "pair", "count", "several", "empty")
 _CASE_WEIGHTS = (0.35, 0.30, 0.08, 0.17, 0.08, 0.02)

@@ -112,8 +112,8 @@ EMPTY_PHRASES: dict[str, tuple[str, ...]] = {
     "starry night": ("a starry night", "an empty starry night sky", "the night sky",
                      "a starry night sky", "nothing but a starry night"),
 }  # fmt: skip
-LEAD_INS = ("a picture of", "an image of", "a drawing of", "an illustration of", "there is",
-            "there are")  # fmt: skip
+A_PICTURE_OF = ("a picture of", "an image of", "a drawing of", "an illustration of")
+THERE_IS, THERE_ARE = "there is", "there are"
 AFTER_BACKGROUND = ("{bg}, {rest}", "{bg} {rest}")
 GLUE = ("and", "a", "an", "the", ",")
 
@@ -131,7 +131,7 @@ def words_of(text: str) -> list[str]:
 
 
 def _vocabulary() -> tuple[str, ...]:
-    phrases: list[str] = [*LEAD_INS, *GLUE]
+    phrases: list[str] = [*A_PICTURE_OF, THERE_IS, THERE_ARE, *GLUE]
     tables = (SINGULAR, COLOUR_WORDS, SIZE_WORDS, STYLE_WORDS, STYLE_TAILS, PLACE_PHRASES,
               RELATION_PHRASES, BACKGROUND_PHRASES, EMPTY_PHRASES)  # fmt: skip
     for table in tables:

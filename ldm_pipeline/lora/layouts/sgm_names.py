@@ -8,32 +8,19 @@ A layer's part 0 is its resnet (or what halves), 1 its transformer, 2 what doubl
 from __future__ import annotations
 
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.models.original.unet import ENDS, RESNET
 
 LAYERS = 2
 """Layers of each level going down, of SDXL and all that was made from it; one more going up."""
 
-EDGES = {
-    "conv_in": "input_blocks.0.0",
-    "conv_out": "out.2",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-}
-RESNET = {
-    "conv1": "in_layers.2",
-    "conv2": "out_layers.3",
-    "time_emb_proj": "emb_layers.1",
-    "conv_shortcut": "skip_connection",
-}
-_EDGES_BACK = {sgm: name for name, sgm in EDGES.items()}
+_ENDS_BACK = {sgm: name for name, sgm in ENDS.items()}
 _RESNET_BACK = {sgm: name for name, sgm in RESNET.items()}
 
 
 def to_sgm(name: str) -> str:
     """The sgm name of the UNet's module `name`; `UserError` where SDXL has no such place."""
-    if name in EDGES:
-        return EDGES[name]
+    if name in ENDS:
+        return ENDS[name]
     level, _, place = name.partition(".")
     try:
         if level == "mid_block":
@@ -60,8 +47,8 @@ def to_sgm(name: str) -> str:
 
 def from_sgm(name: str) -> str:
     """The diffusers name of an sgm module; other names, and those of no module, as they are."""
-    if name in _EDGES_BACK:
-        return _EDGES_BACK[name]
+    if name in _ENDS_BACK:
+        return _ENDS_BACK[name]
     words = name.split(".")
     try:
         level, position, part = words[0], int(words[1]), words[2]
