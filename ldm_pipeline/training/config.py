@@ -314,15 +314,20 @@ def write_yaml(config: TrainingConfig, path: Path) -> None:
     path.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), "utf-8")
 
 
-def _described(section: type[BaseModel], prefix: str = "") -> list[str]:
-    """A line for each field of a section: its flag, default, and what it is for."""
+def _described(
+    section: type[BaseModel], prefix: str = "", values: BaseModel | None = None
+) -> list[str]:
+    """A line for each field of a section: its flag, default, and what it is for; the default is
+    that of `values`, where a configuration has the section so."""
     lines = []
     for name, field in section.model_fields.items():
+        value = field.default if values is None else getattr(values, name)
         inner = _section(field.annotation)
         if inner is not None:
-            lines += _described(inner, f"{prefix}{name}.")
+            told = value if isinstance(value, BaseModel) else None
+            lines += _described(inner, f"{prefix}{name}.", told)
             continue
-        default = "required" if field.is_required() else repr(field.default)
+        default = "required" if field.is_required() else repr(value)
         lines.append(f"--{prefix}{name:<28} {default:<24} {field.description or ''}".rstrip())
     return lines
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from functools import reduce
 from pathlib import Path
 
 import pytest
 import yaml
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.training.autoencoder import AutoencoderConfig
@@ -58,6 +59,22 @@ def test_the_command_line_wins_over_the_file_in_any_order(tmp_path: Path) -> Non
         config = parse(TrainingConfig, arguments)
         assert (config.run.out, config.run.steps, config.optimiser.lr) == (Path("a"), 7, 1e-3)
         assert config.run.batch_size == 64  # what nobody mentions has its default
+
+
+@pytest.mark.parametrize("config", sorted({*KINDS.values()}, key=lambda kind: kind.__name__))
+def test_help_tells_the_defaults_that_count(
+    config: type[TrainingConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A section's own defaults may be others in a configuration that has it."""
+    with pytest.raises(SystemExit) as end:
+        parse(config, ["--help"])
+    assert end.value.code == 0
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
+    for flag, text in told.items():
+        section, *keys = flag.removeprefix("--").split(".")
+        values = config.model_fields[section].default
+        if isinstance(values, BaseModel):
+            assert text.startswith(repr(reduce(getattr, keys, values))), flag
 
 
 def test_no_means_no_precision_also_in_yaml(tmp_path: Path) -> None:
