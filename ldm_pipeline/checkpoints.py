@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.loading import Dtypes, dtypes, of_component, one_dtype, single_file
+from ldm_pipeline.loading import Dtypes, dtypes, single_file
 from ldm_pipeline.models import bundled, folders, small_decoder
 from ldm_pipeline.models.hub import fetched_index
+from ldm_pipeline.models.precision import of_component
 from ldm_pipeline.pipeline import LatentDiffusionPipeline
 from ldm_pipeline.pipeline_xl import LatentDiffusionXLPipeline
 from ldm_pipeline.stock_arguments import check_no_code
@@ -39,8 +40,8 @@ def load(
 ) -> LatentDiffusionPipeline:
     """The pipeline for the model that `source` names: Stable Diffusion 1.x, 2.x or SDXL.
 
-    `dtype` (`torch_dtype` is its older name), torch's or its name, is float32 unless given; for
-    folders and the hub, a dictionary says it by component.
+    `dtype` (`torch_dtype` is its older name), torch's or its name, is float32 unless given; a
+    dictionary says it by component.
     `variant`, `revision`, `cache_dir`, `token` and `local_files_only` are for folders and the hub,
     as they are in `from_pretrained`; HF_HUB_OFFLINE is honoured. `prediction_type` and `tokenizer`
     are for single files: what the UNet predicts ("epsilon" or "v_prediction"), and a folder with
@@ -65,7 +66,7 @@ def load(
             place, prediction_type=prediction_type, tokenizer=tokenizer, given=parts
         )
         cls = _class(checkpoint.family.is_xl)
-        made = cls.from_checkpoint(checkpoint, one_dtype(dtype, torch_dtype), parts)
+        made = cls.from_checkpoint(checkpoint, wanted, parts)
         return _fitting(made, parts)
     asked = {"prediction_type": prediction_type, "tokenizer": tokenizer}
     for name, given in asked.items():

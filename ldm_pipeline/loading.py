@@ -172,8 +172,8 @@ class FolderPipeline(DiffusionPipeline):
         cls,
         pretrained_model_link_or_path: str | os.PathLike[str],
         *,
-        dtype: torch.dtype | str | None = None,
-        torch_dtype: torch.dtype | str | None = None,
+        dtype: Dtypes | None = None,
+        torch_dtype: Dtypes | None = None,
         prediction_type: str | None = None,
         tokenizer_folder: str | os.PathLike[str] | None = None,
         **parts: Any,
@@ -194,16 +194,17 @@ class FolderPipeline(DiffusionPipeline):
         checkpoint = single_file(
             file, prediction_type=prediction_type, tokenizer=tokenizer_folder, given=parts
         )
-        return cls.from_checkpoint(checkpoint, one_dtype(dtype, torch_dtype), parts)
+        return cls.from_checkpoint(checkpoint, dtypes(dtype, torch_dtype), parts)
 
     @classmethod
     def from_checkpoint(
         cls,
         checkpoint: SingleFile,
-        dtype: torch.dtype,
+        dtype: torch.dtype | Mapping[str, torch.dtype],
         parts: Mapping[str, Any] | None = None,
     ) -> Self:
-        """The pipeline of an opened single file, in `dtype`; `parts` are not taken from it."""
+        """The pipeline of an opened single file, in `dtype`, which may say it by component; `parts`
+        are not taken from it."""
         from ldm_pipeline.models.original import build
 
         given = dict(parts or {})
@@ -289,13 +290,6 @@ def dtypes(
             choose("component of dtype", name, (*WEIGHED, "default"))
         return {name: one_dtype(each, None) for name, each in wanted.items()}
     return one_dtype(dtype, torch_dtype)
-
-
-def of_component(wanted: torch.dtype | Mapping[str, torch.dtype], component: str) -> torch.dtype:
-    """What `dtypes` gave, for one component: as diffusers reads a dictionary."""
-    if isinstance(wanted, Mapping):
-        return wanted.get(component, wanted.get("default", torch.float32))
-    return wanted
 
 
 def one_dtype(dtype: Dtypes | None, torch_dtype: Dtypes | None) -> torch.dtype:

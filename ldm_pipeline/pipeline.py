@@ -53,7 +53,7 @@ from ldm_pipeline.request import (
 from ldm_pipeline.running import Callback, Run, tensors_for, under_way
 from ldm_pipeline.stock_arguments import in_stock_order
 from ldm_pipeline.stock_loaders import SafeLoaders
-from ldm_pipeline.values import Text
+from ldm_pipeline.values import Text, listed, negatives
 
 
 class LatentDiffusionPipeline(
@@ -295,19 +295,14 @@ class LatentDiffusionPipeline(
         many chunks as the longest one needs. Raises `UserError` where words must be encoded and
         there is no text encoder.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+        prompts = listed(prompt)
         count = len(prompts) if prompt_embeds is None else prompt_embeds.shape[0]
-        if negative_prompt is None or isinstance(negative_prompt, str):
-            negatives = [negative_prompt or ""] * count
-        else:
-            negatives = list(negative_prompt)
-        if len(negatives) != count:
-            raise UserError(f"negative_prompt has {len(negatives)} texts for {count} prompts")
+        unwanted = negatives(negative_prompt, count)
 
         def convert(texts: list[str]) -> list[str]:
             return self.maybe_convert_prompt(texts, self.tokenizer)
 
-        against = negatives if negative_prompt_embeds is None else negative_prompt_embeds
+        against = unwanted if negative_prompt_embeds is None else negative_prompt_embeds
         encode_both = chunks.encode_both if weighted else text.encode_both
         with text.adapter_scale(self.text_encoder, lora_scale):
             prompt_embeds, negative = encode_both(

@@ -17,7 +17,7 @@ from ldm_pipeline.errors import UserError
 from ldm_pipeline.model_checks import ENCODING
 from ldm_pipeline.models import chunks, text
 from ldm_pipeline.request import Request
-from ldm_pipeline.values import Text
+from ldm_pipeline.values import Text, listed, negatives
 
 Told = tuple[Tensor, Tensor | None, Tensor, Tensor | None]
 """(embeds, negative embeds, pooled, negative pooled), as a stock SDXL pipeline returns them."""
@@ -56,36 +56,33 @@ class TwoTexts(DiffusionPipeline):
         encoder.
         """
         device = device or self._execution_device
+        zeros = negative_prompt is None and self.config.force_zeros_for_empty_prompt
         with (
             text.adapter_scale(self.text_encoder, lora_scale),
             text.adapter_scale(self.text_encoder_2, lora_scale),
         ):
             if prompt_embeds is None:
-                prompts = _listed(prompt)
-                prompts_2 = _listed(prompt_2) or prompts
+                prompts = listed(prompt)
+                both = prompts, listed(prompt_2) or prompts
                 if weighted:
-                    heard = do_classifier_free_guidance and negative_prompt_embeds is None
-                    if negative_prompt is None and self.config.force_zeros_for_empty_prompt:
-                        heard = False
-                    unsaid = _pair(negative_prompt, negative_prompt_2, len(prompts))
+                    together = do_classifier_free_guidance and negative_prompt_embeds is None
+                    against = None  # in as many chunks as the prompts
+                    if together and not zeros:
+                        against = _pair(negative_prompt, negative_prompt_2, len(prompts))
                     prompt_embeds, negative, pooled_prompt_embeds, negative_pooled = (
-                        self._encode_chunks(
-                            (prompts, prompts_2), unsaid if heard else None, device, clip_skip
-                        )
+                        self._encode_chunks(both, against, device, clip_skip)
                     )
-                    if heard:
+                    if against is not None:
                         negative_prompt_embeds = negative
                         negative_pooled_prompt_embeds = negative_pooled
                 else:
-                    prompt_embeds, pooled_prompt_embeds = self._encode(
-                        prompts, prompts_2, device, clip_skip
-                    )
+                    prompt_embeds, pooled_prompt_embeds = self._encode(*both, device, clip_skip)
             if pooled_prompt_embeds is None:
                 raise UserError(
                     "pass pooled_prompt_embeds with prompt_embeds, of one encode_prompt"
                 )
             if do_classifier_free_guidance and negative_prompt_embeds is None:
-                if negative_prompt is None and self.config.force_zeros_for_empty_prompt:
+                if zeros:
                     negative_prompt_embeds = torch.zeros_like(prompt_embeds)
                     negative_pooled_prompt_embeds = torch.zeros_like(pooled_prompt_embeds)
                 else:
@@ -107,8 +104,8 @@ class TwoTexts(DiffusionPipeline):
         assert pooled is not None
         if not do_classifier_free_guidance:
             return told, negative_prompt_embeds, pooled, negative_pooled_prompt_embeds
-        against = dealt(negative_prompt_embeds), dealt(negative_pooled_prompt_embeds, None)
-        return told, against[0], pooled, against[1]
+        negative = dealt(negative_prompt_embeds)
+        return told, negative, pooled, dealt(negative_pooled_prompt_embeds, None)
 
     def _encode(
         self,
@@ -194,22 +191,10 @@ class TwoTexts(DiffusionPipeline):
         return bool(guides and request.negative_prompt_embeds is None and not silent)
 
 
-def _listed(texts: Text | None) -> list[str]:
-    return [texts] if isinstance(texts, str) else list(texts or [])
-
-
 def _pair(first: Text | None, second: Text | None, count: int) -> tuple[list[str], list[str]]:
     """Negative texts for both encoders, of `count` prompts; none for the second is the first's."""
-    texts = _each(first or "", count)
-    return texts, _each(second, count) if second else texts
-
-
-def _each(texts: Text, count: int) -> list[str]:
-    """`texts` as one text for each of `count` prompts."""
-    listed = [texts] * count if isinstance(texts, str) else list(texts)
-    if len(listed) != count:
-        raise UserError(f"negative_prompt has {len(listed)} texts for {count} prompts")
-    return listed
+    texts = negatives(first, count)
+    return texts, negatives(second, count) if second else texts
 
 
 def _check_skip(encoder: Any, clip_skip: int | None) -> None:

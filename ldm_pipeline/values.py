@@ -44,6 +44,20 @@ def check_levels(name: str, levels: Any) -> None:
         )
 
 
+def listed(texts: Text | None) -> list[str]:
+    """One text, several or none as a list."""
+    return [texts] if isinstance(texts, str) else list(texts or [])
+
+
+def negatives(texts: Text | None, count: int) -> list[str]:
+    """One negative prompt for each of `count` prompts; none is the empty text. `UserError` for
+    another number of them."""
+    each = [texts or ""] * count if texts is None or isinstance(texts, str) else list(texts)
+    if len(each) != count:
+        raise UserError(f"negative_prompt has {len(each)} texts for {count} prompts")
+    return each
+
+
 def as_texts(name: str, text: Text | None) -> list[str]:
     """A text or a sequence of texts as a list."""
     if text is None:

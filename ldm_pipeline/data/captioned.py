@@ -99,8 +99,8 @@ def read_dataset(
     tar shards in that folder, unless shards are there already, and read from there.
 
     Raises `UserError` where there is nothing to read or what has no splits is asked for one,
-    `BadDataset` where what is there is damaged
-    or leaves the folder. A picture that is missing or damaged shows only in `load`.
+    `BadDataset` where what is there is damaged or leaves the folder. A picture that is missing or
+    damaged shows only in `load`.
     """
     keys: tuple[str, ...] = CAPTION_KEYS if caption_key is None else (caption_key,)
     if regularisation and caption_key is not None:

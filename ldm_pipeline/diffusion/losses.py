@@ -87,10 +87,9 @@ def denoising_errors(
 ) -> Tensor:
     """The mean penalty of the network's answer for each sample, [B], unweighted.
 
-    z and eps are [B, C, h, w], t is [B]. `wanted` is what a right answer is, if not the one that x
-    was made of. A mask makes it the mean over what the mask covers, so
-    that a small masked area counts as much as a large one. Gradients flow as the caller has them
-    set.
+    z and eps are [B, C, h, w], t is [B]. `wanted` [B, C, h, w] is what a right answer is, if not
+    the one that x was made of. A mask makes it the mean over what the mask covers, so that a small
+    masked area counts as much as a large one. Gradients flow as the caller has them set.
     """
     a, sig = schedule.coefficients(t, like=z)
     output = network(a * z + sig * eps, t)

@@ -90,11 +90,7 @@ class ConceptReport:
 
     def to_json(self) -> dict[str, Any]:
         """The figures as plain values."""
-        shares = {
-            name: {"k": share.k, "n": share.n, "value": share.value, "interval": share.interval}
-            for name, share in self.shares.items()
-            if share.n
-        }
+        shares = {name: share.to_json() for name, share in self.shares.items() if share.n}
         return {"concept": self.concept, "seed": self.seed, "floor": FLOOR, "shares": shares}
 
 

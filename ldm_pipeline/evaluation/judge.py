@@ -371,18 +371,17 @@ def _fit(
         candidates += [(float(loss), int(n), int(c))
                        for loss, n, c in zip(losses, few, order[:, rank], strict=True)]  # fmt: skip
     candidates.sort()
-    best, kept = (np.inf, -1, -1, box), 0
-    tried: dict[tuple[str, str, int], int] = {}
+    best = (np.inf, -1, -1, box)
+    tried: set[tuple[str, str, int]] = set()
     for loss, n, c in candidates:
         kind, style, _ = templates.looks[n]
-        if tried.get((kind, style, c), 0) or loss > candidates[0][0] * 2 + 200:
+        if (kind, style, c) in tried or loss > candidates[0][0] * 2 + 200:
             continue
-        tried[kind, style, c] = 1
+        tried.add((kind, style, c))
         refined = _refine(sheets, templates, n, paints[n, c], box)
         if refined[0] < best[0]:
             best = (refined[0], n, c, refined[1])
-        kept += 1
-        if kept == 6:
+        if len(tried) == 6:
             break
     loss, n, c, box = best
     energy = float(_clipped(sheets.grid(sheets.picture, box), sheets.grid(sheets.behind, box)))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 Z95 = 1.959964
 
@@ -39,6 +40,11 @@ class Share:
         middle = (p + zz / (2 * n)) / (1 + zz / n)
         half = Z95 / (1 + zz / n) * math.sqrt(p * (1 - p) / n + zz / (4 * n * n))
         return max(0.0, middle - half), min(1.0, middle + half)
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain values; without trials there is no value, as JSON has no NaN."""
+        value = self.value if self.n else None
+        return {"k": self.k, "n": self.n, "value": value, "interval": self.interval}
 
     def __str__(self) -> str:
         low, high = self.interval

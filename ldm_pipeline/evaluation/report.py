@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -73,14 +73,7 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """The figures as plain values."""
-        shares = {
-            name: {
-                **asdict(share),
-                "value": share.value if share.n else None,  # JSON has no NaN
-                "interval": share.interval,
-            }
-            for name, share in self.shares.items()
-        }
+        shares = {name: share.to_json() for name, share in self.shares.items()}
         return {"settings": self.settings, "shares": shares, "psnr": self.psnr, "floors": FLOORS}
 
 

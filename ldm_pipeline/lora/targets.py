@@ -166,9 +166,8 @@ def resolve(
     """The layout of each of `models` (by component) that `settings` describe.
 
     Modules that a pattern of `unread` matches are left out: nobody uses what they answer, so they
-    could learn nothing.
-    Raises `UserError` for a pattern that matches nothing, with the nearest names, and for a
-    component in which nothing is to be adapted.
+    could learn nothing. Raises `UserError` for a pattern that matches nothing, with the nearest
+    names, and for a component in which nothing is to be adapted.
     """
     for component in models:
         choose("component", component, COMPONENTS)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 from weakref import WeakSet
 
@@ -97,3 +97,10 @@ def _wide(vae: Any, device: torch.device) -> Any:
     made.load_state_dict(own, assign=True)
     vars(made).update({k: v for k, v in vars(vae).items() if isinstance(v, bool | int | float)})
     return made
+
+
+def of_component(wanted: torch.dtype | Mapping[str, torch.dtype], component: str) -> torch.dtype:
+    """The dtype of one component, as diffusers reads a dictionary; `default` is the others'."""
+    if isinstance(wanted, Mapping):
+        return wanted.get(component, wanted.get("default", torch.float32))
+    return wanted

@@ -311,9 +311,9 @@ def cached_latents(data: Captioned, vae: AutoencoderKL, share: Share) -> Cache:
     """Mean, std and mask of every sample's latents; samples that fail are left out of `data`.
 
     Pictures are encoded one by one, in the precision of the run and of the autoencoder: what else
-    was missing decides no bit of an entry. Raises
-    `UserError` for latents that are not finite (an autoencoder in half precision can overflow, and
-    what it then says must not be kept), and where processes would train on different samples.
+    was missing decides no bit of an entry. Raises `UserError` for latents that are not finite (an
+    autoencoder in half precision can overflow, and what it then says must not be kept), and where
+    processes would train on different samples.
     """
     samples = sorted(data.every(), key=lambda sample: sample.transform.bucket)
     computed_in = torch.bfloat16 if data.precision == "bf16" else vae.dtype

@@ -61,7 +61,7 @@ def test_the_command_line_wins_over_the_file_in_any_order(tmp_path: Path) -> Non
         assert config.run.batch_size == 64  # what nobody mentions has its default
 
 
-@pytest.mark.parametrize("config", sorted({*KINDS.values()}, key=lambda kind: kind.__name__))
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 def test_help_tells_the_defaults_that_count(
     config: type[TrainingConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -14,18 +14,19 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from ldm_pipeline import LatentDiffusionPipeline
+from ldm_pipeline import LatentDiffusionPipeline, LatentDiffusionXLPipeline
 from ldm_pipeline.diffusion.losses import denoising_errors
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.files import FILE_NAME
 from ldm_pipeline.models.conditioning import conditioning_of
-from ldm_pipeline.training import adapting, opening
+from ldm_pipeline.models.original.convert import to_file
+from ldm_pipeline.training import adapting
 from ldm_pipeline.training.captioned import text_key
 from ldm_pipeline.training.engine import fit
 from ldm_pipeline.training.lora import LoraObjective
-from ldm_pipeline.training.opening import is_xl, open_xl
+from ldm_pipeline.training.opening import open_model
 from tests.training import laws
 from tests.training.test_lora_objective import config_of
 
@@ -244,7 +245,7 @@ class Half(LoraObjective):
 def test_a_base_in_half_precision_trains_and_draws(
     folder: Path, tiny_xl: Any, text_encoder: bool
 ) -> None:
-    """The autoencoder comes in float32, as from `open_xl`; the pictures are drawn by stock."""
+    """The autoencoder comes in float32, as from `open_model`; the pictures are drawn by stock."""
     config = short(
         folder,
         run={"mixed_precision": "bf16", "steps": 2, "validate_every": 1},
@@ -277,41 +278,46 @@ def test_buckets_are_refused_where_the_base_is_shared_out(
 # -- opening ---------------------------------------------------------------------------------------
 
 
-def test_folders_are_opened_by_what_their_index_says(tmp_path: Path, tiny: Any, stock: Any) -> None:
+def test_models_of_every_kind_are_opened(tmp_path: Path, tiny: Any, stock: Any) -> None:
+    """By the pipeline that can draw with them, folders and single files; the autoencoder comes in
+    float32."""
     stock.save_pretrained(tmp_path / "xl")
     LatentDiffusionPipeline(**tiny()).save_pretrained(tmp_path / "sd")
-    found = [is_xl(str(tmp_path / name)) for name in ("xl", "sd", "none")]
-    assert found == [True, False, False]
-    script = runpy.run_path(str(ROOT / "train" / "train_lora.py"))["open_model"]
-    for name, kind in (("xl", StableDiffusionXLPipeline), ("sd", LatentDiffusionPipeline)):
-        assert isinstance(script(str(tmp_path / name), torch.float32), kind)
-    pipe = open_xl(str(tmp_path / "xl"), torch.bfloat16)
-    dtypes = {name: part.dtype for name, part in pipe.components.items() if hasattr(part, "dtype")}
+    to_file(tmp_path / "xl", tmp_path / "xl.safetensors")
     half = torch.bfloat16
-    assert dtypes == {
-        "vae": torch.float32, "unet": half, "text_encoder": half, "text_encoder_2": half,
-    }  # fmt: skip
+    script = runpy.run_path(str(ROOT / "train" / "train_lora.py"))["open_model"]
+    for name, kind in (
+        ("xl", LatentDiffusionXLPipeline),
+        ("xl.safetensors", LatentDiffusionXLPipeline),
+        ("sd", LatentDiffusionPipeline),
+    ):
+        pipe = script(str(tmp_path / name), half)
+        assert type(pipe) is kind
+        found = {part: value.dtype for part, value in pipe.components.items() if is_net(value)}
+        texts = dict.fromkeys((part for part in found if part.startswith("text_encoder")), half)
+        assert found == {"vae": torch.float32, "unet": half, **texts}
     for weights in (tmp_path / "xl" / "unet").glob("*.safetensors"):
         weights.rename(weights.with_suffix(".bin"))
     with pytest.raises(UserError, match="pickled weights"):
-        open_xl(str(tmp_path / "xl"), torch.float32)
+        script(str(tmp_path / "xl"), torch.float32)
 
 
-def test_the_index_of_a_hub_id_is_asked_for(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And not that of the bundled model, which needs no network."""
-    asked: list[str] = []
+def is_net(part: Any) -> bool:
+    return isinstance(part, nn.Module)
 
-    def download(source: str, name: str) -> str:
-        asked.append(f"{source}/{name}")
-        (tmp_path / name).write_text('{"_class_name": "StableDiffusionXLPipeline"}')
-        return str(tmp_path / name)
 
-    monkeypatch.setattr(opening, "hf_hub_download", download)
-    assert not is_xl("bundled")
-    assert is_xl("someone/large")
-    assert asked == ["someone/large/model_index.json"]
+def test_sdxl_is_trained_from_a_folder_and_draws(folder: Path, tmp_path: Path, stock: Any) -> None:
+    """As the script opens it: with pictures of every validation, and what stock then draws."""
+    stock.save_pretrained(tmp_path / "xl")
+    config = short(
+        folder,
+        run={"steps": 2, "validate_every": 1},
+        data={"held_out": 0.4},
+        pictures={"prompts": ["red, blue"], "steps": 1},
+    ).model_copy(update={"model": str(tmp_path / "xl")})
+    final = fit(LoraObjective(config, open_model), config)
+    assert (config.run.out / "pictures" / "step-00000002.png").is_file()
+    stock.load_lora_weights(final)
 
 
 def test_other_kinds_of_models_are_refused(stock: Any, tiny: Any) -> None:

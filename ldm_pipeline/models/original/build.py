@@ -23,6 +23,7 @@ from ldm_pipeline.models.original.checkpoint import SingleFile
 from ldm_pipeline.models.original.clip import BODY
 from ldm_pipeline.models.original.names import Tensors
 from ldm_pipeline.models.original.tensors import to_torch
+from ldm_pipeline.models.precision import of_component
 from ldm_pipeline.models.reading import reading
 from ldm_pipeline.models.schedulers import scheduler_class
 from ldm_pipeline.models.trust import check_component
@@ -32,17 +33,20 @@ _BUFFER = "position_ids"
 
 
 def components(
-    checkpoint: SingleFile, dtype: torch.dtype, given: Collection[str] = ()
+    checkpoint: SingleFile,
+    dtype: torch.dtype | Mapping[str, torch.dtype],
+    given: Collection[str] = (),
 ) -> dict[str, Any]:
     """Every component of the checkpoint's pipeline but those in `given`, on the CPU in `dtype`.
 
+    A dictionary says it by component (`models.precision.of_component`).
     Raises `UserError` where the file's tensors are not those of its networks.
     """
     found: dict[str, Any] = {}
     for name, tensors in checkpoint.parts.items():
         model = empty(checkpoint, name)
         state = fitting(checkpoint, name, model, tensors)
-        loaded = {key: to_torch(state[key]).to(dtype) for key in state}
+        loaded = {key: to_torch(state[key]).to(of_component(dtype, name)) for key in state}
         model.load_state_dict(loaded, strict=True, assign=True)
         found[name] = model.eval().requires_grad_(False)
     for part in checkpoint.family.texts:

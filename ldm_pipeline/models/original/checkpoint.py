@@ -85,9 +85,8 @@ def open_single_file(
     family = family_of(file, tensors)
     own = note.read_note(file, texts)
     shapes = {key: tensor.shape for key, tensor in tensors.items()}
-    if own is None or prediction_type is not None:
-        prediction = prediction_type or _prediction(file, family, shapes, texts)
     if own is None:
+        prediction = prediction_type or _prediction(file, family, shapes, texts)
         files = _files(file, family, shapes, prediction, given)
         for part in family.texts:
             if part.tokenizer not in given:
@@ -99,8 +98,9 @@ def open_single_file(
     else:
         files = dict(own.files)
         if prediction_type is not None:
-            told = json.loads(files["scheduler/scheduler_config.json"])
-            files["scheduler/scheduler_config.json"] = _text(told | {"prediction_type": prediction})
+            name = "scheduler/scheduler_config.json"
+            told = json.loads(files[name])
+            files[name] = _text(told | {"prediction_type": prediction_type})
     _check_files(file, family, files, given)
     parts, rest = _parts(file, family, files, tensors, given)
     return SingleFile(file, family, files, parts, own.bare if own else (), rest)
