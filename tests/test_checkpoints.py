@@ -79,7 +79,7 @@ def test_arguments_that_do_not_go_with_what_is_opened(ours: Any, tmp_path: Path)
         ("folder", {"dtype": 0}, "dtype=0 must be"),
         ("folder", {"dtype": torch.int8}, "dtype=torch.int8 must be"),
         ("folder", {"dtype": {"unet": "float61"}}, "dtype='float61' is not known"),
-        ("a.safetensors", {"dtype": {"unet": torch.float16}}, "must be one of float32"),
+        ("a.safetensors", {"dtype": {"unnet": torch.float16}}, "component of dtype='unnet'"),
     ]
     for name, told, message in wrongs:
         with pytest.raises(UserError, match=message):
@@ -89,5 +89,7 @@ def test_arguments_that_do_not_go_with_what_is_opened(ours: Any, tmp_path: Path)
         for none in (None, 5):
             with pytest.raises(UserError, match=f"={none} must be a name or a path"):
                 opened(none)
-    mixed = ldm_pipeline.load(tmp_path / "folder", dtype={"unet": "float16", "default": "float32"})
-    assert (mixed.unet.dtype, mixed.vae.dtype) == (torch.float16, torch.float32)
+    for place in ("folder", "a.safetensors"):
+        told = {"unet": "float16", "default": "float32"}
+        mixed = ldm_pipeline.load(tmp_path / place, dtype=told)
+        assert (mixed.unet.dtype, mixed.vae.dtype) == (torch.float16, torch.float32)
