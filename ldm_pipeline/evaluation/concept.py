@@ -27,7 +27,7 @@ from ldm_pipeline.evaluation.metrics import Share
 
 Draw = Callable[[Sequence[str]], Sequence[np.ndarray]]
 """Prompts to as many pictures, uint8 [128, 128, 3] each; batches and seeds are its own affair."""
-FLOOR = 0.90
+AIM = 0.90
 """The share of prompts in which a well trained concept appears."""
 
 
@@ -85,13 +85,13 @@ class ConceptReport:
         }
 
     def __str__(self) -> str:
-        head = f"{self.concept:30}share  95 % interval    (trials)       floor {FLOOR:.2f}"
+        head = f"{self.concept:30}share  95 % interval    (trials)       aim {AIM:.2f}"
         return "\n".join([head, *(f"{name:30}{share}" for name, share in self.shares.items())])
 
     def to_json(self) -> dict[str, Any]:
         """The figures as plain values."""
         shares = {name: share.to_json() for name, share in self.shares.items() if share.n}
-        return {"concept": self.concept, "seed": self.seed, "floor": FLOOR, "shares": shares}
+        return {"concept": self.concept, "seed": self.seed, "aim": AIM, "shares": shares}
 
 
 def measure_concept(draw: Draw, name: str, prompts: int = 200, seed: int = 0) -> ConceptReport:

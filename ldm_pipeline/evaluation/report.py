@@ -24,7 +24,7 @@ from ldm_pipeline.images import psnr, to_pictures, to_tensor
 from ldm_pipeline.models import autoencoder
 
 READ_BACK = "scene read from its reconstruction"
-FLOORS = {
+AIMS = {
     "one thing: kind and colour": 0.95,
     "background": 0.95,
     "two things, each with its colour": 0.85,
@@ -34,8 +34,8 @@ FLOORS = {
     "caption among 100, half of them hard": 0.90,
     READ_BACK: 0.97,
 }
-"""What a good model of the world reaches; the autoencoder's is `PSNR_FLOOR`."""
-PSNR_FLOOR = 30.0
+"""What a good model of the world reaches; the autoencoder's is `PSNR_AIM`."""
+PSNR_AIM = 30.0
 UNSEEN_SHARE = 0.4
 RECONSTRUCTED = 500
 GRID = 36
@@ -61,20 +61,20 @@ class Report:
     settings: dict[str, Any]
 
     def __str__(self) -> str:
-        lines = [f"{'what':40}{'measured':>9}   95 % interval     trials      floor"]
+        lines = [f"{'what':40}{'measured':>9}   95 % interval     trials      aim"]
         for name, share in self.shares.items():
             low, high = share.interval
-            floor = f"{FLOORS[name]:.2f}" if name in FLOORS else "-"
+            aim = f"{AIMS[name]:.2f}" if name in AIMS else "-"
             trials = f"{share.k} of {share.n}"
             value = f"{share.value:.3f}" if share.n else "-"
-            lines.append(f"{name:40}{value:>9}   [{low:.3f}, {high:.3f}]   {trials:12}{floor}")
-        lines.append(f"{'autoencoder, PSNR in dB':40}{self.psnr:9.2f}{'':34}{PSNR_FLOOR:.0f}")
+            lines.append(f"{name:40}{value:>9}   [{low:.3f}, {high:.3f}]   {trials:12}{aim}")
+        lines.append(f"{'autoencoder, PSNR in dB':40}{self.psnr:9.2f}{'':34}{PSNR_AIM:.0f}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """The figures as plain values."""
         shares = {name: share.to_json() for name, share in self.shares.items()}
-        return {"settings": self.settings, "shares": shares, "psnr": self.psnr, "floors": FLOORS}
+        return {"settings": self.settings, "shares": shares, "psnr": self.psnr, "aims": AIMS}
 
 
 def evaluate(

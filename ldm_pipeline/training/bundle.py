@@ -192,14 +192,14 @@ def _table(figures: dict[str, Any]) -> str:
         f"`ldm evaluate --prompts {settings['prompts']} --seed {settings['seed']}"
         f" --steps {settings['steps']}{lcm}{named}`, read by the judge:",
         "",
-        "| what | measured | 95 % interval | trials | floor |",
+        "| what | measured | 95 % interval | trials | aim |",
         "|---|---|---|---|---|",
     ]
     for name, share in figures["shares"].items():
         low, high = share["interval"]
-        floor = figures["floors"].get(name, "")
+        aim = figures["aims"].get(name, "")
         lines.append(
-            f"| {name} | {share['value']:.3f} | {low:.3f} to {high:.3f} | {share['n']} | {floor} |"
+            f"| {name} | {share['value']:.3f} | {low:.3f} to {high:.3f} | {share['n']} | {aim} |"
         )
     lines.append(f"| autoencoder, PSNR on fresh scenes | {figures['psnr']:.2f} dB | | | 30 dB |")
     return "\n".join(lines) + "\n"
@@ -252,6 +252,6 @@ artwork and no text by other people took part.
 ## Limits
 
 It knows {words} words and nothing outside its world; the command names words that it never learnt.
-It cannot draw text, people or photographs. Where a share above lies far below its floor, training
+It cannot draw text, people or photographs. Where a share above lies far below its aim, training
 was too short, and pictures do not yet show what the words say in that respect.
 """

@@ -15,7 +15,7 @@ from ldm_pipeline.data.world import World, render
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.evaluation.metrics import Share
 from ldm_pipeline.evaluation.report import (
-    FLOORS,
+    AIMS,
     READ_BACK,
     Report,
     evaluate,
@@ -63,12 +63,13 @@ class Mirror:
     """An autoencoder that gives back what it was given, a tenth of the range brighter."""
 
     device, dtype = torch.device("cpu"), torch.float32
+    config = SimpleNamespace(scaling_factor=0.5)
 
     def encode(self, x: torch.Tensor) -> Any:
-        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: x))
+        return SimpleNamespace(latent_dist=SimpleNamespace(parameters=torch.cat([x, x], dim=1)))
 
-    def decode(self, z: torch.Tensor) -> Any:
-        return SimpleNamespace(sample=torch.where(z > 0, z - 0.2, z + 0.2))
+    def decode(self, z: torch.Tensor, **_: Any) -> Any:
+        return (torch.where(z > 0, z - 0.2, z + 0.2),)
 
 
 def test_painting_the_truth_scores_full_marks(tmp_path: Path) -> None:
@@ -100,11 +101,11 @@ def test_painting_something_else_scores_little() -> None:
         assert report.shares[name].value < 0.5, name
 
 
-def test_every_floor_but_clips_is_measured_without_clip() -> None:
+def test_every_aim_but_clips_is_measured_without_clip() -> None:
     samples = [World(0, "test")[i] for i in range(4)]
     drawn = [judged(sample, sample.picture) for sample in samples]
     further = {"caption among 100, half of them hard", READ_BACK}
-    assert set(FLOORS) - set(shares_of(drawn, drawn)) == further
+    assert set(AIMS) - set(shares_of(drawn, drawn)) == further
 
 
 def test_a_pipeline_of_no_folder_is_not_judged_with_the_clip_that_lies_about(
@@ -135,12 +136,12 @@ def test_the_clip_beside_a_model_is_looked_at_first(
 
 def test_scenes_are_read_back_where_the_autoencoder_keeps_them() -> None:
     class Faithful(Mirror):
-        def decode(self, z: torch.Tensor) -> Any:
-            return SimpleNamespace(sample=z)
+        def decode(self, z: torch.Tensor, **_: Any) -> Any:
+            return (z,)
 
     class Confused(Mirror):
-        def decode(self, z: torch.Tensor) -> Any:
-            return SimpleNamespace(sample=z.roll(1, dims=0))
+        def decode(self, z: torch.Tensor, **_: Any) -> Any:
+            return (z.roll(1, dims=0),)
 
     _, kept = reconstructed(Faithful(), 40, 0)
     assert kept.value >= 0.97

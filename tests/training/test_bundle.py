@@ -74,7 +74,7 @@ def test_adapter_and_small_decoder_come_beside_it_in_half_the_bytes(
     )
     small.save_pretrained(tmp_path / "small")
     figures = {"settings": {"prompts": 9, "seed": 0, "steps": 4, "guidance": 1.0, "lcm": "True"},
-               "shares": {}, "psnr": 30.0, "floors": {}}  # fmt: skip
+               "shares": {}, "psnr": 30.0, "aims": {}}  # fmt: skip
     (tmp_path / "few.json").write_text(json.dumps(figures), "utf-8")
     parts = Parts(
         model, model, lcm=own.parent, lcm_report=tmp_path / "few.json", decoder=tmp_path / "small"
