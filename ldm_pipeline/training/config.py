@@ -181,7 +181,7 @@ class TrainingConfig(Settings):
     run: RunSettings
     optimiser: OptimiserSettings = OptimiserSettings()
     begin_from: Path | None = Field(
-        default=None, description="folder of a trained model to go on from, not from nothing"
+        default=None, description="folder of a trained model to go on from, not from scratch"
     )
 
 
@@ -328,7 +328,8 @@ def _described(
             lines += _described(inner, f"{prefix}{name}.", told)
             continue
         default = "required" if field.is_required() else repr(value)
-        lines.append(f"--{prefix}{name:<28} {default:<24} {field.description or ''}".rstrip())
+        flag = f"--{prefix}{name}"
+        lines.append(f"{flag:<32} {default:<24} {field.description or ''}".rstrip())
     return lines
 
 
