@@ -84,7 +84,8 @@ def to_tensor(pictures: Image.Image | np.ndarray | Sequence[Image.Image]) -> Ten
         if len({picture.size for picture in listed}) != 1:
             raise UserError(f"pictures of one batch must have one size, not {_sizes(listed)}")
         pages = np.stack([np.asarray(picture.convert("RGB")) for picture in listed])
-    return torch.tensor(pages).permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1.0
+    planes = np.array(pages.transpose(0, 3, 1, 2), order="C")
+    return torch.from_numpy(planes).float() / 127.5 - 1.0
 
 
 def psnr(x: Tensor, y: Tensor) -> Tensor:

@@ -28,6 +28,8 @@ def test_there_and_back_is_exact() -> None:
     pictures = to_output(images, "pil")
     assert (np.stack([np.asarray(picture) for picture in pictures]) == pages).all()
     assert torch.equal(to_tensor(pictures), images)
+    assert torch.equal(to_tensor(pages[:, :, ::-1]), images.flip(3)), "a view, not a copy"
+    assert images.is_contiguous(), "as stock's: other strides round otherwise"
 
 
 def test_formats_agree() -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
@@ -33,12 +34,13 @@ def folder() -> Path:
 
 
 def check(device: torch.device) -> None:
-    """Raise `UserError` where there is no compiler for the CPU's code."""
-    names = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "clang++", "cl"]
-    if device.type == "cpu" and not any(map(shutil.which, names)):
+    """Raise `UserError` where the compiler that torch calls for the CPU's code is not there."""
+    usual = {"darwin": "clang++", "win32": "cl"}.get(sys.platform, "g++")
+    name = os.environ.get("CXX") or usual
+    if device.type == "cpu" and shutil.which(name) is None:
         raise UserError(
-            f"compile needs a C++ compiler, and there is none of {', '.join(names)}; install one,"
-            " name it in CXX, or leave compile out"
+            f"compile needs a C++ compiler, and {name} is not there; install it, name another in"
+            " CXX, or leave compile out"
         )
 
 

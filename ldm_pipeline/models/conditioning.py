@@ -197,7 +197,7 @@ class TwoEncoders:
         )
 
     def arguments(self, prompt: Cond, negative: Cond) -> dict[str, Tensor]:
-        """As `StableDiffusionXLPipeline` takes them."""
+        """As SDXL's pipelines take them, stock's and ours."""
         return {
             "prompt_embeds": prompt["embeds"],
             "negative_prompt_embeds": negative["embeds"],

@@ -73,7 +73,7 @@ class PictureSettings(Settings):
 class AdapterConfig(TrainingConfig):
     """What every training of an adapter is told."""
 
-    model: str = Field(default="bundled", description="bundled, a folder or a hub id")
+    model: str = Field(default="bundled", description="bundled, a folder, a file or a hub id")
     lora: AdapterSettings = AdapterSettings()
     gradient_checkpointing: bool = False
     pictures: PictureSettings = PictureSettings()

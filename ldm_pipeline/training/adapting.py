@@ -56,7 +56,8 @@ BANDS = 4
 
 
 OpenModel = Callable[[str, torch.dtype], Any]
-"""Opens "bundled", a model folder or a hub id as a pipeline of its family, in a precision."""
+"""Opens "bundled", a model's folder or file or a hub id as a pipeline of its family, in a
+precision."""
 
 
 class Pictures(Protocol):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
 import torch
@@ -141,7 +141,7 @@ class AutoencoderObjective(nn.Module):
             take_weights(self.vae, config.begin_from)
         if config.decoder_only:
             assert config.begin_from is not None
-            self.vae.register_to_config(scaling_factor=_scaling_factor(config.begin_from))
+            self.vae.register_to_config(**_units(config.begin_from))
             for part in (self.vae.encoder, self.vae.quant_conv):
                 part.requires_grad_(False)
 
@@ -207,16 +207,15 @@ class AutoencoderObjective(nn.Module):
         self.vae.save_pretrained(folder)
 
 
-def _scaling_factor(folder: Path) -> float:
-    """What the latents of the autoencoder in `folder` are multiplied by; UserError where it does
-    not say."""
+def _units(folder: Path) -> dict[str, Any]:
+    """How the latents of the autoencoder in `folder` are shifted and scaled, as its config says;
+    UserError where it cannot be read."""
     try:
-        return float(AutoencoderKL.load_config(folder)["scaling_factor"])
-    except (OSError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"begin_from: {folder} tells no scaling_factor in its config.json, which"
-            " decoder_only=true keeps"
-        ) from error
+        told = AutoencoderKL.load_config(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"begin_from: {folder} has no config.json that can be read") from error
+    names = ("scaling_factor", "shift_factor", "latents_mean", "latents_std")
+    return {name: told[name] for name in names if name in told}
 
 
 def corner_of(

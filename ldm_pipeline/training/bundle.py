@@ -60,25 +60,30 @@ def bundle(parts: Parts, out: Path) -> Path:
         if not part.exists():
             raise UserError(f"{part} is missing")
     out = out.resolve()
+    before = out.with_name(f".{out.name}.before")
+    if before.exists() and not out.exists():
+        before.rename(out)  # of a run that was killed between the two
     _must_be_free(out, parts)
-    unfinished = out.with_name(out.name + ".unfinished")
+    unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         _gather(parts, unfinished)
     except (OSError, ValueError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(f"the bundle cannot be made: {error}") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        shutil.rmtree(unfinished, ignore_errors=True)
+        raise UserError("a report is not what ldm evaluate writes; evaluate again") from error
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    _exchange(unfinished, out)
+    _exchange(unfinished, out, before)
     return out
 
 
-def _exchange(new: Path, out: Path) -> None:
-    """Put the folder `new` in the place of `out`, which is back where that fails."""
-    before = out.with_name(out.name + ".before")
-    shutil.rmtree(before, ignore_errors=True)
+def _exchange(new: Path, out: Path, before: Path) -> None:
+    """Put the folder `new` in the place of `out`, set aside as `before` and back where that
+    fails."""
     try:
         if out.exists():
             out.rename(before)
@@ -87,7 +92,9 @@ def _exchange(new: Path, out: Path) -> None:
         if before.exists() and not out.exists():
             before.rename(out)
         raise UserError(f"{out} cannot be written: {error.strerror}; {new} has it") from error
-    shutil.rmtree(before, ignore_errors=True)
+    finally:
+        if out.exists():
+            shutil.rmtree(before, ignore_errors=True)
 
 
 def _must_be_free(out: Path, parts: Parts) -> None:
@@ -169,8 +176,8 @@ def model_card(
     `millions` tells of each part in `COUNTED` how many parameters it has, and of the small decoder
     where there is one.
     """
-    told = _table(figures) if figures else "Not measured yet.\n"
-    if few_steps:
+    told = _table(figures) if figures is not None else "Not measured yet.\n"
+    if few_steps is not None:
         told += "\n" + FEW_STEPS + _table(few_steps)
     passed = "" if history is None else f"\n{history.strip()}\n"
     front = "" if licence is None else f"license: {licence}\n"

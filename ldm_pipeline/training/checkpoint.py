@@ -15,6 +15,7 @@ import logging
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,8 @@ FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 STATE = "state.json"
 UNFINISHED = ".unfinished-"
+ASIDE = ".before-"
+"""How names begin of what is half-written, and of a checkpoint whose step is saved once more."""
 
 
 def save(
@@ -48,10 +51,14 @@ def save(
         _sweep(folder)
         unfinished.mkdir()
         _fill(unfinished, parts, {**state, "step": step})
-        aside = unfinished.with_name(f"{unfinished.name}-before")
+        aside = folder / f"{ASIDE}{name}"
         if final.exists():
             final.rename(aside)
-        unfinished.rename(final)
+        try:
+            unfinished.rename(final)
+        except OSError:
+            _bring_back(folder)
+            raise
         flush(folder)
         shutil.rmtree(aside, ignore_errors=True)
     return final
@@ -76,6 +83,7 @@ def _fill(
 
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint in `folder`, or None; damaged ones are named and passed over."""
+    _bring_back(folder)
     for candidate in sorted(folder.glob("step-*"), reverse=True):
         fault = damage(candidate)
         if fault is None:
@@ -125,6 +133,21 @@ def _fingerprint(file: Path) -> dict[str, Any]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what a killed run left half-written."""
+    """Remove what a killed run left half-written, and bring back what it had set aside."""
+    _bring_back(folder)
     for leftover in folder.glob(f"{UNFINISHED}*"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _bring_back(folder: Path) -> None:
+    """Put what was set aside in its place again, unless what was to come there is there.
+
+    Several processes may do so at once: who comes second finds it done.
+    """
+    for aside in folder.glob(f"{ASIDE}*"):
+        final = folder / aside.name.removeprefix(ASIDE)
+        if final.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            with suppress(OSError):
+                aside.rename(final)

@@ -181,7 +181,7 @@ class TrainingConfig(Settings):
     run: RunSettings
     optimiser: OptimiserSettings = OptimiserSettings()
     begin_from: Path | None = Field(
-        default=None, description="folder of a trained model to go on from, not from scratch"
+        default=None, description="folder of a trained model to start from, instead of from scratch"
     )
 
 

@@ -198,7 +198,7 @@ class _Run:
                 if logging_now:
                     self._log(since / (done - self.logged), norm, done - self.logged, bar)
                     since, self.logged = torch.zeros(0), done
-                if validating and saving:
+                if validating and saving and not stopping:
                     self.owed = True  # should the validation fail, the steps before it are kept
                     self._save()
                 if validating:

@@ -70,8 +70,8 @@ class DistillationSettings(Settings):
     )
     towards_noise: Annotated[float, Field(ge=0, le=10)] = Field(
         default=0.0,
-        description="0 draws all these levels as often; 2 the noisier half in 7 of 8 samples "
-        "(1 - 2^-(1 + it)): the first of few steps, from noise alone, decides what is where",
+        description="0 draws all levels equally often; with 2, 7 of 8 samples come from the "
+        "noisier half (1 - 2^-(1 + value)): the first of few steps decides what is where",
     )
     timestep_scaling: PositiveFloat = Field(default=10.0, description="of the boundary condition")
     w: tuple[NonNegativeFloat, NonNegativeFloat] = Field(

@@ -107,6 +107,7 @@ class FullLcmObjective(LcmObjective):
             samples=len(self.data.samples),
             updates=updates,
             batch=self.config.run.batch_size,
+            few=min(4, self.config.lcm.original_steps),
             scales=f"{1 + low:g} to {1 + high:g}",
             middle=f"{1 + (low + high) / 2:g}",
             shown=f"![drawn by the teacher and in few steps]({PICTURES})\n\n" if shown else "",
@@ -142,7 +143,7 @@ tags: [{tag}, lcm, text-to-image, diffusers]
 {shown}Trained on {samples} captioned pictures: {updates} updates of {batch} samples each. Its UNet
 is told the guidance, and learnt scales of {scales}.
 
-    ldm generate "…" --model FOLDER --lcm --steps 4 --guidance {middle}
+    ldm generate "…" --model FOLDER --lcm --steps {few} --guidance {middle}
 
 or in stock diffusers
 
@@ -150,7 +151,7 @@ or in stock diffusers
     from diffusers import DiffusionPipeline
 
     pipeline = DiffusionPipeline.from_pretrained("FOLDER", torch_dtype=torch.float32)
-    pipeline("…", num_inference_steps=4, guidance_scale={middle})
+    pipeline("…", num_inference_steps={few}, guidance_scale={middle})
 
 ## Configuration
 

@@ -95,15 +95,16 @@ def take_adapter(adapter: Adapter, place: Path) -> None:
         there, here = tuple(loaded.tensors[name].shape), tuple(parameter.shape)
         if not _fits(there, here, RANK_AXIS.get(split(name)[2])):
             raise UserError(
-                f"begin_from: {name} in {place} has the shape {list(there)}, which lora.* makes"
-                f" {list(here)}; only a lower rank can be gone on from (ldm lora resize lowers it)"
+                f"begin_from: {name} in {place} has the shape {list(there)}, not {list(here)}: it"
+                " is another model's, or of a higher rank than lora.* asks for (ldm lora resize"
+                " lowers it)"
             )
     for name, parameter in adapter.parameters.items():
         component, module, part = split(name)
         found = loaded.tensors[name]
         if part == LORA_B:
             theirs, ours = (w.layouts[component].scale(module) for w in (loaded, adapter))
-            found = found * (theirs / ours)
+            found = found.float() * (theirs / ours)  # in 16 bits, small numbers would be lost
         parameter[tuple(slice(n) for n in found.shape)] = found
 
 

@@ -57,7 +57,7 @@ def test_a_decoder_alone_keeps_the_scale_of_its_latents(
     AutoencoderObjective(config).export(tmp_path / "out", 0)
     assert json.loads((tmp_path / "out" / "config.json").read_text())["scaling_factor"] == 0.12345
     (begun / "config.json").unlink()
-    with pytest.raises(UserError, match="tells no scaling_factor"):
+    with pytest.raises(UserError, match="that can be read"):
         AutoencoderObjective(config)
 
 

@@ -119,7 +119,7 @@ def test_a_bundle_that_cannot_be_put_in_place_leaves_the_old_one(
     rename = Path.rename
 
     def failing(self: Path, target: Path) -> Path:
-        if self.name == "out.unfinished":
+        if self.name == ".out.unfinished":
             raise OSError(errno.EACCES, "Permission denied")
         return rename(self, target)
 
@@ -128,9 +128,18 @@ def test_a_bundle_that_cannot_be_put_in_place_leaves_the_old_one(
         bundle(Parts(model, model), out)
     assert (out / "mark").is_file()
     monkeypatch.undo()
+    (tmp_path / "out.before").mkdir()  # somebody's own
+    out.rename(tmp_path / ".out.before")  # as a kill between the two leaves it
+    broken = tmp_path / "broken.json"
+    broken.write_text("{}")
+    with pytest.raises(UserError, match="not what ldm evaluate writes"):
+        bundle(Parts(model, model, report=broken), out)
+    assert (out / "mark").is_file()
     bundle(Parts(model, model), out)
     assert not (out / "mark").exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "out"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model", "out", "out.before", "broken.json",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("part", ["report", "lcm", "decoder", "history"])

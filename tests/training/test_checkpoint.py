@@ -60,12 +60,13 @@ def test_what_lies_on_the_disk_runs_no_code(tmp_path: Path) -> None:
             json.loads(file.read_text())
 
 
-@pytest.mark.parametrize("same_step", [False, True], ids=["next", "over a damaged one"])
+@pytest.mark.parametrize("over", ["nothing", "a damaged one", "a whole one"])
 def test_a_kill_at_any_moment_of_a_save_leaves_the_older_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same_step: bool
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, over: str
 ) -> None:
     """Before and after every write, flush, removal and renaming of a save, the newest whole
-    checkpoint is the old one or, at the very end, the new one; the next save leaves no rubbish."""
+    checkpoint is the old one or, at the very end, the new one; the next save leaves no rubbish.
+    A whole one of the same step is never lost."""
     places = [
         (checkpoint, "save_file"),
         (checkpoint, "_fingerprint"),
@@ -80,14 +81,17 @@ def test_a_kill_at_any_moment_of_a_save_leaves_the_older_one(
     while not finished:
         folder = tmp_path / str(stop_at)
         save(folder, 1)
-        if same_step:
-            (save(folder, 2) / checkpoint.STATE).write_text("{}")
+        if over != "nothing":
+            before = save(folder, 2)
+        if over == "a damaged one":
+            (before / checkpoint.STATE).write_text("{}")
         stop_at += 1
         with killed_at(stop_at, places, monkeypatch) as ended:
             save(folder, 2)
         finished = ended[0]
         newest = checkpoint.newest(folder)
         assert_whole(newest, 2 if newest == folder / "step-00000002" else 1)
+        assert over != "a whole one" or newest == folder / "step-00000002"
         save(folder, 3)
         assert_whole(checkpoint.newest(folder), 3)
         assert not list(folder.glob(".*"))

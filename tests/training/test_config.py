@@ -70,6 +70,7 @@ def test_help_tells_the_defaults_that_count(
         parse(config, ["--help"])
     assert end.value.code == 0
     told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
+    assert "--optimiser.lr" in told
     for flag, text in told.items():
         section, *keys = flag.removeprefix("--").split(".")
         values = config.model_fields[section].default

@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.lora.files import save
+from ldm_pipeline.lora.inject import Adapter, inject
+from ldm_pipeline.lora.targets import LoraSettings, Override
+from ldm_pipeline.lora.weights import LORA_A, LORA_B, LoraWeights, split
 from ldm_pipeline.training.config import TrainingConfig
 from ldm_pipeline.training.engine import fit
-from ldm_pipeline.training.start import NAMES, attend_quickly, precision, take_weights
+from ldm_pipeline.training.start import (
+    NAMES,
+    attend_quickly,
+    precision,
+    take_adapter,
+    take_weights,
+)
 from tests.conftest import build
 from tests.training.toy import Toy, settings
 
@@ -53,6 +64,51 @@ def test_another_shape_is_refused_in_one_line(tmp_path: Path, other: nn.Module) 
     with pytest.raises(UserError, match="another shape") as refusal:
         take_weights(other, tmp_path)
     assert "\n" not in str(refusal.value)
+
+
+def adapter_of(dora: bool, **told: Any) -> Adapter:
+    """A LoRA in all modules of a tiny UNet."""
+    return inject({"unet": build()["unet"]}, LoraSettings("all", dora=dora, **told), seed=0)
+
+
+@torch.no_grad()
+def deltas(adapter: Adapter) -> dict[str, Tensor]:
+    """What is added to each weight, and DoRA's lengths."""
+    found: dict[str, Tensor] = {}
+    parameters = adapter.parameters
+    for name, b in parameters.items():
+        component, module, part = split(name)
+        if part == LORA_B:
+            a = parameters[f"{component}.{module}.{LORA_A}"]
+            found[name] = adapter.layouts[component].scale(module) * b.flatten(1) @ a.flatten(1)
+        elif part != LORA_A:
+            found[name] = b
+    return found
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_an_adapter_of_a_lower_rank_is_taken_as_it_is(tmp_path: Path, dora: bool) -> None:
+    """Convolutions and single modules' ranks included; of a file in 16 bits, numbers stay that are
+    too small for them under the new alpha. A refusal leaves the adapter as it was."""
+    first = adapter_of(dora, rank=4, alpha=4 / 1024, overrides={"to_q": Override(rank=2)})
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for learnt in first.parameters.values():
+            noise = 1e-3 * torch.randn(learnt.shape, generator=generator)
+            learnt.copy_((learnt + noise).half())  # as the file has it
+    halves = {name: value.half() for name, value in first.weights().tensors.items()}
+    file = save(tmp_path, LoraWeights(halves, first.layouts))
+    grown = adapter_of(dora, rank=8, overrides={"conv1": Override(rank=5)})
+    take_adapter(grown, file)
+    wanted, got = deltas(first), deltas(grown)
+    assert wanted.keys() == got.keys()
+    for name, value in wanted.items():
+        assert (got[name] - value).abs().max() <= 1e-4 * value.abs().max(), name
+    for other in (adapter_of(dora, rank=3), adapter_of(dora, overrides={"to_k": Override(rank=1)})):
+        before = {name: value.clone() for name, value in other.parameters.items()}
+        with pytest.raises(UserError, match="higher rank"):
+            take_adapter(other, file)
+        assert all(torch.equal(value, before[name]) for name, value in other.parameters.items())
 
 
 def test_auto_is_bf16_where_the_processor_is_quicker_in_it(monkeypatch: pytest.MonkeyPatch) -> None:

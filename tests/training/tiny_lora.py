@@ -8,18 +8,17 @@ from __future__ import annotations
 from functools import partial
 
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionXLPipeline
 
-from ldm_pipeline import LatentDiffusionPipeline
+from ldm_pipeline import LatentDiffusionPipeline, LatentDiffusionXLPipeline
 from ldm_pipeline.training.launch import launch
 from ldm_pipeline.training.lora import LoraConfig, LoraObjective
 from tests.conftest import build, build_xl
 
 
-def open_model(source: str, dtype: torch.dtype) -> DiffusionPipeline:
+def open_model(source: str, dtype: torch.dtype) -> LatentDiffusionPipeline:
     """The tiny pipeline of SDXL's shape for "xl", else that of Stable Diffusion."""
     if source == "xl":
-        return StableDiffusionXLPipeline(**build_xl(), add_watermarker=False).to(dtype)
+        return LatentDiffusionXLPipeline(**build_xl(), add_watermarker=False).to(dtype)
     return LatentDiffusionPipeline(**build()).to(dtype)
 
 

@@ -8,11 +8,15 @@ A layer's part 0 is its resnet (or what halves), 1 its transformer, 2 what doubl
 from __future__ import annotations
 
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.models.original.unet import ENDS, RESNET
+from ldm_pipeline.models.original.unet import ENDS as ENDS_OF_ALL
+from ldm_pipeline.models.original.unet import RESNET as RESNET_OF_ALL
 
 LAYERS = 2
 """Layers of each level going down, of SDXL and all that was made from it; one more going up."""
 
+ENDS = {name: sgm for name, sgm in ENDS_OF_ALL.items() if "norm" not in name and "cond" not in name}
+RESNET = {name: sgm for name, sgm in RESNET_OF_ALL.items() if "norm" not in name}
+"""What a LoRA adapts of those: layers with a matrix, which SDXL has."""
 _ENDS_BACK = {sgm: name for name, sgm in ENDS.items()}
 _RESNET_BACK = {sgm: name for name, sgm in RESNET.items()}
 
