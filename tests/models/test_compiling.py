@@ -135,7 +135,7 @@ def test_the_folder_is_the_one_that_torch_was_told(monkeypatch: pytest.MonkeyPat
 def test_without_a_compiler_one_line_says_so(tiny: Build, monkeypatch: pytest.MonkeyPatch) -> None:
     pipe = LatentDiffusionPipeline(**tiny())
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(UserError, match=r"C\+\+ compiler, and there is none of no-such-compiler"):
+    with pytest.raises(UserError, match=r"C\+\+ compiler, and no-such-compiler is not there"):
         pipe.arrange(Memory(compile=True))
     assert not compiling.compiled(pipe.unet)
 
