@@ -41,9 +41,9 @@ def load(
     """The pipeline for the model that `source` names: Stable Diffusion 1.x, 2.x or SDXL.
 
     `dtype` (`torch_dtype` is its older name), torch's or its name, is float32 unless given; a
-    dictionary says it by component.
-    `variant`, `revision`, `cache_dir`, `token` and `local_files_only` are for folders and the hub,
-    as they are in `from_pretrained`; HF_HUB_OFFLINE is honoured. `prediction_type` and `tokenizer`
+    dictionary says it by component. `variant`, `revision`, `cache_dir`, `token` and
+    `local_files_only` are for folders and the hub, as they are in `from_pretrained`;
+    HF_HUB_OFFLINE is honoured. `prediction_type` and `tokenizer`
     are for single files: what the UNet predicts ("epsilon" or "v_prediction"), and a folder with
     CLIP's vocabulary, where the file and this machine do not tell. `decoder` is the folder of a
     small autoencoder (`AutoencoderTiny`) to take in place of the model's own; "small" is the
