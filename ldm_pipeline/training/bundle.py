@@ -61,8 +61,10 @@ def bundle(parts: Parts, out: Path) -> Path:
             raise UserError(f"{part} is missing")
     out = out.resolve()
     before = out.with_name(f".{out.name}.before")
-    if before.exists() and not out.exists():
-        before.rename(out)  # of a run that was killed between the two
+    if out.exists():
+        shutil.rmtree(before, ignore_errors=True)  # of a run that was killed at the very end
+    elif before.exists():
+        before.rename(out)  # of one that was killed between the two
     _must_be_free(out, parts)
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)

@@ -135,6 +135,7 @@ def test_a_bundle_that_cannot_be_put_in_place_leaves_the_old_one(
     with pytest.raises(UserError, match="not what ldm evaluate writes"):
         bundle(Parts(model, model, report=broken), out)
     assert (out / "mark").is_file()
+    shutil.copytree(out, tmp_path / ".out.before")  # as a kill at the very end leaves it
     bundle(Parts(model, model), out)
     assert not (out / "mark").exists()
     assert {path.name for path in tmp_path.iterdir()} == {
