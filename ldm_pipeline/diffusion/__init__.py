@@ -18,8 +18,8 @@ from ldm_pipeline.diffusion.consistency import (
     ConsistencyFunction,
     consistency_errors,
     consistency_function,
+    descents,
     guided_each,
-    neighbours,
 )
 from ldm_pipeline.diffusion.course import Course, GridSampler, NativeSampler, Sampler
 from ldm_pipeline.diffusion.denoiser import Denoiser, Guidance, Network, guided, make_denoiser
@@ -77,12 +77,12 @@ __all__ = [
     "consistency_function",
     "denoising_errors",
     "denoising_loss",
+    "descents",
     "guided",
     "guided_each",
     "interpret",
     "loss_weights",
     "make_denoiser",
-    "neighbours",
     "run",
     "target",
 ]

@@ -1,13 +1,13 @@
 """Consistency distillation: a student that leaps to where the teacher's ODE ends.
 
-From a noisy x one step of the teacher's solver leads to x_s, on the same path. A consistency
+From a noisy x the teacher's solver leads to x_s, on the same path. A consistency
 function f says of both where the path ends, so f(x, t) = f(x_s, s); and f(x, CLEAN) = x keeps it
 from saying the same of all (2303.01469, alg. 2; over latents, with guidance, 2310.04378, alg. 1).
 
 Legend
     x        noisy latents [B, C, h, w] at level t
     t, s     two levels of the distillation's grid, t > s, each [B]; the last s is CLEAN
-    x_s      where one step of the teacher's solver takes x
+    x_s      where the teacher's solver takes x, in one step or several
     w        how far each sample's guidance goes beyond the prompted answer [B]: the usual
              guidance_scale is 1 + w
     f        f(x, t) = c_skip x + c_out x0
@@ -16,7 +16,6 @@ Legend
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain, repeat
 
 import torch
 from torch import Tensor
@@ -34,17 +33,27 @@ Solver = Callable[[Denoiser, Schedule, Tensor, Tensor, Tensor], Tensor]
 """solver(denoiser, schedule, x at levels t, t, s) -> x_s; each sample has levels of its own."""
 
 
-def neighbours(
-    schedule: Schedule, original_steps: int = 50, spacing: str = "even", stride: int = 1
-) -> tuple[tuple[float, float], ...]:
-    """The pairs (t, s) that a distillation on `original_steps` levels trains, t descending.
+def descents(
+    schedule: Schedule,
+    original_steps: int = 50,
+    spacing: str = "even",
+    stride: int = 1,
+    steps: int = 1,
+) -> tuple[tuple[float, ...], ...]:
+    """The levels (t, …, s) that the teacher visits from each of `original_steps` levels t, these
+    descending.
 
-    They are those of the grid that LCM draws on, s `stride` levels below t, and the last steps end
-    in CLEAN. (The reference scripts end in timestep 0, where some noise is left, and the student
-    learns to leave it.)
+    They are those of the grid that LCM draws on. The teacher takes `steps` steps of `stride` levels
+    each; where fewer are left it goes to CLEAN in shorter ones, and stays where it is in some if
+    there are more steps than levels. (The reference scripts end in timestep 0, where some noise is
+    left, and the student learns to leave it.)
     """
-    known = distilled_levels(schedule, original_steps, spacing=spacing)
-    return tuple(zip(known, chain(known[stride:], repeat(CLEAN)), strict=False))
+    known = *distilled_levels(schedule, original_steps, spacing=spacing), CLEAN
+    lengths = [min(stride * steps, original_steps - i) for i in range(original_steps)]
+    return tuple(
+        tuple(known[i + length * step // steps] for step in range(steps + 1))
+        for i, length in enumerate(lengths)
+    )
 
 
 def consistency_function(

@@ -1,11 +1,12 @@
 """LCM distillation (2310.04378, 2311.05556): a LoRA with which few steps do.
 
 One frozen base is both: with the adapter it is the student, without it the teacher. The target is
-self-consistent: it is what the student itself says, one of the teacher's steps further down.
+self-consistent: it is what the student itself says, a step or several of the teacher's further
+down.
 
 Legend
-    x, x_s   noisy latents at levels t and s, [n, C, h, w]; a step of the guided teacher leads from
-             one to the other
+    x, x_s   noisy latents at levels t and s, [n, C, h, w]; the guided teacher leads from one to
+             the other, by the levels of `down` [n, steps], whose last is s
     w        guidance strength of each sample [n], guidance_scale - 1
     f        the student's consistency function, see `diffusion.consistency`
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -29,8 +31,8 @@ from ldm_pipeline.diffusion.consistency import (
     ConsistencyFunction,
     consistency_errors,
     consistency_function,
+    descents,
     guided_each,
-    neighbours,
 )
 from ldm_pipeline.diffusion.denoiser import make_denoiser
 from ldm_pipeline.diffusion.grids import consistency_grid
@@ -67,6 +69,11 @@ class DistillationSettings(Settings):
     )
     stride: Positive = Field(
         default=1, description="levels that a step of the teacher goes down (2310.04378, alg. 1, k)"
+    )
+    teacher_steps: Annotated[Positive, Field(le=MOST_LEVELS)] = Field(
+        default=1,
+        description="of the teacher before the student is asked; more of them make noisy levels "
+        "depend less on what the student knows so far, and cost two calls each",
     )
     towards_noise: Annotated[float, Field(ge=0, le=10)] = Field(
         default=0.0,
@@ -160,7 +167,7 @@ class LcmObjective(AdapterObjective):
         def opened(model: str, dtype: torch.dtype) -> Any:
             """The model, whose levels are looked at before its pictures are encoded."""
             pipe = open_model(model, dtype)
-            self.pairs = _pairs(config.lcm, levels_of(pipe, zero_terminal=False)[1])
+            self.descents = _descents(config.lcm, levels_of(pipe, zero_terminal=False)[1])
             if config.lcm.pixels.weight:
                 self.shown = Quarters(config.lcm.pixels, pipe.unet, model == "bundled")
             return pipe
@@ -175,14 +182,14 @@ class LcmObjective(AdapterObjective):
             self._average = average
 
     def _level(self, rng: np.random.Generator, share: float | None) -> dict[str, Tensor]:
-        """The pair of levels and the guidance strength of a sample."""
+        """The levels and the guidance strength of a sample."""
         lcm = self.config.lcm
         if share is None:
             share = rng.random() ** (1 / (1 + lcm.towards_noise))
-        t, s = self.pairs[min(int(share * len(self.pairs)), len(self.pairs) - 1)]
+        t, *down = self.descents[min(int(share * len(self.descents)), len(self.descents) - 1)]
         low, high = lcm.w
         w = torch.tensor(low + (high - low) * rng.random(), dtype=torch.float32)
-        drawn = {"t": torch.tensor(t), "s": torch.tensor(s), "w": w}
+        drawn = {"t": torch.tensor(t), "down": torch.tensor(down), "w": w}
         return drawn if self.shown is None else {**drawn, "corner": a_corner(rng)}
 
     def _ready(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -224,10 +231,12 @@ class LcmObjective(AdapterObjective):
         }
         pair = self.conditioning.network(self.unet, both)
         teacher = make_denoiser(guided_each(pair, cond["w"]), self.schedule, self.kind)
+        step = SOLVERS[self.config.lcm.solver]
         with self._untrained():
-            x_s = SOLVERS[self.config.lcm.solver](teacher, self.schedule, x, cond["t"], cond["s"])
+            for t, s in pairwise((cond["t"], *cond["down"].unbind(1))):
+                x = step(teacher, self.schedule, x, t, s)
         with self._target_weights():
-            target = self._student(cond)(x_s, cond["s"])
+            target = self._student(cond)(x, cond["down"][:, -1])
         # Autocast keeps its copies of weights until its block ends. Those made here are perhaps the
         # average's, and in earlier versions of torch have no gradients: not for the student.
         torch.clear_autocast_cache()
@@ -280,11 +289,12 @@ class LcmObjective(AdapterObjective):
         return USE.format(**values)
 
 
-def _pairs(lcm: DistillationSettings, schedule: Schedule) -> tuple[tuple[float, float], ...]:
-    """The pairs of levels that are trained, from the least noise; `UserError` where the model has
-    fewer levels than are asked for."""
+def _descents(lcm: DistillationSettings, schedule: Schedule) -> tuple[tuple[float, ...], ...]:
+    """The teacher's ways down from each level that is trained, from the least noise; `UserError`
+    where the model has fewer levels than are asked for."""
+    far = lcm.stride, lcm.teacher_steps
     try:
-        return neighbours(schedule, lcm.original_steps, lcm.spacing, lcm.stride)[::-1]
+        return descents(schedule, lcm.original_steps, lcm.spacing, *far)[::-1]
     except UserError as error:
         raise UserError(f"lcm.{error}") from error
 

@@ -26,19 +26,19 @@ from ldm_pipeline.diffusion import (
     Schedule,
     consistency_errors,
     consistency_function,
+    descents,
     guided,
     guided_each,
     make_denoiser,
-    neighbours,
 )
 from ldm_pipeline.diffusion.grids import distilled_levels
 
 SCHEDULE = Schedule.scaled_linear()
 ORACLE = Gaussian(SCHEDULE)
-PAIRS = neighbours(SCHEDULE)
+PAIRS = descents(SCHEDULE)
 N = 4096
 
-Pairs = tuple[tuple[float, float], ...]
+Pairs = tuple[tuple[float, ...], ...]
 Step = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -135,13 +135,27 @@ def test_the_grid_is_that_of_the_sampler_and_ends_in_clean() -> None:
     assert PAIRS[0] == (999.0, 979.0)
     assert PAIRS[-1] == (19.0, CLEAN)
     assert len(PAIRS) == 50
-    assert len(neighbours(SCHEDULE, 10)) == 10
-    far = neighbours(SCHEDULE, stride=3)
+    assert len(descents(SCHEDULE, 10)) == 10
+    far = descents(SCHEDULE, stride=3)
     assert [t for t, _ in far] == [t for t, _ in PAIRS]
     assert [s for _, s in far] == [*(t for t, _ in PAIRS[3:]), CLEAN, CLEAN, CLEAN]
-    assert {s for _, s in neighbours(SCHEDULE, stride=10**12)} == {CLEAN}
+    assert {s for _, s in descents(SCHEDULE, stride=10**12)} == {CLEAN}
     turned = distilled_levels(SCHEDULE, 50, spacing="angle")
-    assert neighbours(SCHEDULE, 50, "angle") == tuple(pairwise((*turned, CLEAN)))
+    assert descents(SCHEDULE, 50, "angle") == tuple(pairwise((*turned, CLEAN)))
+
+
+def test_the_teacher_may_go_down_in_several_steps() -> None:
+    """Of one length while levels are left; then shorter ones, the last of them to CLEAN."""
+    ways = descents(SCHEDULE, stride=3, steps=2)
+    assert ways[0] == (999.0, 939.0, 879.0)
+    assert ways[-6:-3] == ((119.0, 59.0, CLEAN), (99.0, 59.0, CLEAN), (79.0, 39.0, CLEAN))
+    assert ways[-1] == (19.0, 19.0, CLEAN)
+    for stride, steps in ((1, 1), (1, 7), (6, 4), (10**12, 3)):
+        for at, way in enumerate(descents(SCHEDULE, stride=stride, steps=steps)):
+            assert len(way) == steps + 1
+            assert way[0] == PAIRS[at][0]
+            assert all(t > s or t == s != CLEAN for t, s in pairwise(way))
+            assert way[-1] == (*(t for t, _ in PAIRS), CLEAN)[min(at + stride * steps, 50)]
 
 
 def test_nothing_is_left_to_say_where_nothing_is_noisy() -> None:

@@ -427,6 +427,7 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "lcm.original_steps": Change(batch, 20),
         "lcm.spacing": Change(batch, "angle"),
         "lcm.stride": Change(batch, 2),
+        "lcm.teacher_steps": Change(batch, 2),
         "lcm.towards_noise": Change(batch, 2.0),
         "lcm.timestep_scaling": Change(loss, 0.01),
         "lcm.w": Change(batch, (1.0, 2.0)),

@@ -93,14 +93,16 @@ def loss(objective: LcmObjective, positions: range = range(4)) -> float:
 
 
 @pytest.mark.parametrize(
-    ("huber", "units"), [(None, "latents"), (0.01, "latents"), (0.01, "noise")]
+    ("huber", "units", "steps"),
+    [(None, "latents", 1), (0.01, "latents", 1), (0.01, "noise", 1), (None, "latents", 2)],
 )
 def test_the_loss_is_what_stock_parts_compute(
-    folder: Path, tmp_path: Path, huber: float | None, units: str
+    folder: Path, tmp_path: Path, huber: float | None, units: str, steps: int
 ) -> None:
-    """One sample at a time: stock's UNet, DDIM step, LoRA loader and boundary scalings, guidance
+    """One sample at a time: stock's UNet, DDIM steps, LoRA loader and boundary scalings, guidance
     from two calls."""
-    told = {"huber": huber, "units": units, "timestep_scaling": 0.02, "w": (2.0, 9.0)}
+    told = {"huber": huber, "units": units, "timestep_scaling": 0.02, "w": (2.0, 9.0),
+            "teacher_steps": steps}  # fmt: skip
     objective = stirred(built(config_of(folder, lcm=told)))
     teacher = StableDiffusionPipeline(**build(), requires_safety_checker=False)
     student = StableDiffusionPipeline(**build(), requires_safety_checker=False)
@@ -128,9 +130,11 @@ def test_the_loss_is_what_stock_parts_compute(
         assert 2 <= w <= 9
         with torch.no_grad():
             x = ddim.add_noise(group["z"], group["eps"], torch.tensor([t]))
-            cond, uncond = (teacher.unet(x, t, told).sample for told in (embeds, silence))
-            x_s = ddim.step(cond + w * (cond - uncond), t, x).prev_sample
-            d = f(x, t, embeds) - f(x_s, t - 20, embeds)
+            x_s, left = x, min(steps, (t + 1) // 20)
+            for at in range(t, t - 20 * left, -20):
+                cond, uncond = (teacher.unet(x_s, at, told).sample for told in (embeds, silence))
+                x_s = ddim.step(cond + w * (cond - uncond), at, x_s).prev_sample
+            d = f(x, t, embeds) - f(x_s, t - 20 * left, embeds)
         if units == "noise":
             d = d / (1 - ddim.alphas_cumprod[t]).sqrt()
         error = d.square() if huber is None else (d.square() + huber**2).sqrt() - huber
@@ -187,9 +191,9 @@ def test_the_laws_of_objectives(folder: Path) -> None:
 def test_levels_are_the_grid_s_and_strengths_are_drawn_for_each_sample(folder: Path) -> None:
     objective = built(config_of(folder, lcm={"original_steps": 10, "w": (1.0, 3.0)}))
     groups = [g for i in range(40) for g in objective.batch(range(4 * i, 4 * i + 4))["groups"]]
-    t, s, w = (torch.cat([group[name] for group in groups]) for name in "tsw")
+    t, s, w = (torch.cat([group[name] for group in groups]) for name in ("t", "down", "w"))
     assert set(t.tolist()) == set(range(99, 1000, 100))
-    assert torch.equal(s, torch.where(t == 99, -1.0, t - 100))
+    assert torch.equal(s, torch.where(t == 99, -1.0, t - 100)[:, None])
     assert len(w.unique()) == len(w)
     # 160 uniform draws: 4 standard errors.
     assert float(w.mean()) == pytest.approx(2.0, abs=4 / (3 * 160) ** 0.5)
@@ -245,17 +249,22 @@ def test_it_learns_to_be_consistent(folder: Path) -> None:
     assert np.mean(losses[-5:]) < 0.7 * losses[0]
 
 
-def test_a_better_solver_is_asked_once_more(folder: Path) -> None:
+def test_a_better_solver_is_asked_once_more_and_each_step_anew(folder: Path) -> None:
     calls = {}
-    for solver in ("ddim", "heun"):
-        objective = built(config_of(folder, data={"fixed": True}, lcm={"solver": solver}))
+    for solver, steps in (("ddim", 1), ("heun", 1), ("ddim", 3)):
+        lcm = {"solver": solver, "teacher_steps": steps}
+        objective = built(config_of(folder, data={"fixed": True}, lcm=lcm))
         rows: list[int] = []
         objective.unet.register_forward_pre_hook(
             lambda _, args, rows=rows: rows.append(len(args[0]))
         )
         loss(objective)
-        calls[solver] = rows
-    assert calls == {"ddim": [8, 4, 4], "heun": [8, 8, 4, 4]}
+        calls[solver, steps] = rows
+    assert calls == {
+        ("ddim", 1): [8, 4, 4],
+        ("heun", 1): [8, 8, 4, 4],
+        ("ddim", 3): [8, 8, 8, 4, 4],
+    }
 
 
 def test_sdxl_is_distilled_too(folder: Path) -> None:

@@ -71,6 +71,7 @@ ALLOWED: list[tuple[str, str, Any]] = [
     ("lora", "begin_from", "elsewhere"),  # it was read before the first step
     ("lcm", "lcm.huber", None),
     ("lcm", "lcm.stride", 2),
+    ("lcm", "lcm.teacher_steps", 2),
     ("lcm", "lcm.towards_noise", 2.0),
     ("lcm", "data", {"source": "others"}),
     ("unet", "caption_dropout", 0.5),
