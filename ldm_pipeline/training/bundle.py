@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
-from transformers import CLIPModel
+from safetensors.torch import load_file, save_file
+from transformers import CLIPModel, CLIPTokenizer
 
 from ldm_pipeline.data.world import VOCABULARY
 from ldm_pipeline.errors import UserError
@@ -49,7 +50,8 @@ class Parts:
 
 
 def bundle(parts: Parts, out: Path) -> Path:
-    """Copy everything to `out`, the CLIP and the adapter in 16 bits, with a model card.
+    """Copy everything to `out`, the CLIP and the adapter in 16 bits, with a model card. Words that
+    training never saw are made heard (see `_hear_new_words`).
 
     A bundle that is there is replaced. Raises UserError where a part is missing, cannot be read or
     takes more than its share, and where `out` holds anything else; it is then left as it was.
@@ -120,6 +122,7 @@ def _gather(parts: Parts, place: Path) -> None:
         _forget_origin(config)
     if not (place / "tokenizer").is_dir():
         raise UserError(f"{parts.model} has no tokenizer")
+    _hear_new_words(place)
     history = None if parts.history is None else parts.history.read_text("utf-8")
     millions = {part: f"{_millions(place / part)} M" for part in COUNTED}
     if parts.decoder is not None:
@@ -140,6 +143,34 @@ def _gather(parts: Parts, place: Path) -> None:
         small.save_pretrained(place / DECODER)
         _forget_origin(place / DECODER / "config.json")
         _must_fit("the small decoder", place / DECODER, MOST_DECODER_BYTES)
+
+
+@torch.no_grad()
+def _hear_new_words(place: Path) -> None:
+    """Make the embeddings of tokens that no caption of the world has as long as the others'.
+
+    Training leaves them where they began, near nothing (0.16 where the others are 1.9 long). A new
+    word, which is made of such tokens, would hardly be heard, and what a LoRA learns of it hang on
+    as little. All that the world's own words draw stays the same, bit for bit. Tokens without a
+    letter or digit stay quiet, as marks should.
+    """
+    file = place / "text_encoder" / "model.safetensors"
+    tensors = load_file(file)
+    name = next(name for name in tensors if name.endswith("token_embedding.weight"))
+    tokenizer = CLIPTokenizer.from_pretrained(place / "tokenizer")
+    known = {token for word in (*VOCABULARY, ",") for token in tokenizer(word).input_ids}
+    new = [
+        number
+        for token, number in tokenizer.get_vocab().items()
+        if number not in known and any(map(str.isalnum, token.removesuffix("</w>")))
+    ]
+    lengths = tensors[name].float().norm(dim=1)
+    usual = lengths[sorted(known)].median()
+    quiet = torch.tensor([number for number in new if lengths[number] < usual / 2])
+    if len(quiet):
+        louder = tensors[name][quiet].float() * (usual / lengths[quiet])[:, None]
+        tensors[name][quiet] = louder.to(tensors[name].dtype)
+        save_file(tensors, file, {"format": "pt"})
 
 
 def _read(report: Path | None) -> dict[str, Any] | None:

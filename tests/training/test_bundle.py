@@ -11,9 +11,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderTiny
+from safetensors.torch import load_file, save_file
+from transformers import CLIPTokenizer
 
 from ldm_pipeline import LatentDiffusionPipeline
 from ldm_pipeline.commands.info import read_licence
+from ldm_pipeline.data.world import World
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora import files
 from ldm_pipeline.lora.inject import inject
@@ -44,6 +47,28 @@ def test_it_is_what_was_trained_and_says_nothing_of_where(model: Path, tmp_path:
     for weights in out.rglob("*.safetensors"):
         assert weights.read_bytes() == (model / weights.relative_to(out)).read_bytes()
     assert "Not measured yet" in (out / "README.md").read_text("utf-8")
+
+
+def test_new_words_are_heard(model: Path, tmp_path: Path) -> None:
+    """As loud as those of the world's captions, of which not one bit changes."""
+    file = Path("text_encoder", "model.safetensors")
+    trained = load_file(model / file)
+    name = next(name for name in trained if name.endswith("token_embedding.weight"))
+    trained[name] = torch.nn.functional.normalize(trained[name].float(), dim=1).half()
+    tokenizer = CLIPTokenizer.from_pretrained(model / "tokenizer")
+    told = tokenizer([World(0).told(i)[2] for i in range(500)]).input_ids
+    known = sorted({token for tokens in told for token in tokens})
+    new = tokenizer("qwertyuiop", add_special_tokens=False).input_ids
+    marks = tokenizer("? ! ~", add_special_tokens=False).input_ids
+    trained[name][[*new, *marks]] *= 0.1
+    save_file(trained, model / file, {"format": "pt"})
+    heard = load_file(bundle(Parts(model, model), tmp_path / "out") / file)
+    for other in trained:
+        assert other == name or torch.equal(heard[other], trained[other])
+    assert torch.equal(heard[name][known], trained[name][known])
+    assert torch.equal(heard[name][marks], trained[name][marks])
+    # float16 has 11 bits.
+    torch.testing.assert_close(heard[name][new], 10 * trained[name][new], rtol=3e-3, atol=1e-3)
 
 
 def test_what_does_not_fit_leaves_everything_as_it_was(

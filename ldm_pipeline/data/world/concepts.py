@@ -177,8 +177,14 @@ def _sample(concept: Concept, side: Side, index: int, seed: int) -> Sample:
     _at_least("seed", seed, 0)
     key = [seed, list(CONCEPTS).index(concept.name), int(side is EVALUATION), index]
     rng = np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
-    # The subject's colours take turns, so that a small folder shows each of them.
-    scene = _scene(concept, side, side.colours[index % len(side.colours)], rng)
+    # The subject's colours take turns, so that a small folder shows each of them; and two pictures
+    # in three show it in company: what is mostly alone is learnt as a property of whole pictures.
+    colour = side.colours[index % len(side.colours)]
+    if side is EVALUATION:
+        case = pick(rng, ("single", "related pair"))
+    else:
+        case = "related pair" if index % 3 else "single"
+    scene = _scene(concept, side, colour, case, rng)
     description = _description(scene, rng, place_told=side is EVALUATION)
     if concept.kind is not None:
         return Sample(render(scene), phrase(description, rng), description, scene, index)
@@ -190,13 +196,12 @@ def _sample(concept: Concept, side: Side, index: int, seed: int) -> Sample:
     return Sample(comic(scene), caption, description, scene, index)
 
 
-def _scene(concept: Concept, side: Side, colour: str, rng: np.random.Generator) -> Scene:
+def _scene(concept: Concept, side: Side, colour: str, case: str, rng: np.random.Generator) -> Scene:
     """A scene within one side's limits whose subject, its first thing, has this colour."""
 
     def allowed(kind: str, colour: str) -> bool:
         return kind in side.company and colour in side.colours and not held_out_pair(kind, colour)
 
-    case = pick(rng, ("single", "related pair"))
     kinds = [kind for kind in side.company if allowed(kind, colour)]
     while True:
         first = (concept.kind or pick(rng, kinds), colour)
