@@ -18,6 +18,7 @@ from ldm_pipeline.diffusion.consistency import (
     ConsistencyFunction,
     consistency_errors,
     consistency_function,
+    descend,
     descents,
     guided_each,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "consistency_function",
     "denoising_errors",
     "denoising_loss",
+    "descend",
     "descents",
     "guided",
     "guided_each",

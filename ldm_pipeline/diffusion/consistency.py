@@ -15,7 +15,8 @@ Legend
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -108,6 +109,19 @@ def heun(denoiser: Denoiser, schedule: Schedule, x: Tensor, t: Tensor, s: Tensor
 
 SOLVERS: dict[str, Solver] = {"ddim": ddim, "heun": heun}
 """How the teacher may go from t to s."""
+
+
+def descend(
+    solver: Solver, denoiser: Denoiser, schedule: Schedule, x: Tensor, levels: Sequence[Tensor]
+) -> Tensor:
+    """Where `solver` takes x, which is at the first of `levels`, through all of them, each [B].
+
+    It is the teacher's way in training, on which each sample has levels of its own; pictures are
+    drawn by `loop.run`.
+    """
+    for t, s in pairwise(levels):
+        x = solver(denoiser, schedule, x, t, s)
+    return x
 
 
 def consistency_errors(

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from itertools import pairwise
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -31,6 +30,7 @@ from ldm_pipeline.diffusion.consistency import (
     ConsistencyFunction,
     consistency_errors,
     consistency_function,
+    descend,
     descents,
     guided_each,
 )
@@ -231,12 +231,11 @@ class LcmObjective(AdapterObjective):
         }
         pair = self.conditioning.network(self.unet, both)
         teacher = make_denoiser(guided_each(pair, cond["w"]), self.schedule, self.kind)
-        step = SOLVERS[self.config.lcm.solver]
+        solver, levels = SOLVERS[self.config.lcm.solver], (cond["t"], *cond["down"].unbind(1))
         with self._untrained():
-            for t, s in pairwise((cond["t"], *cond["down"].unbind(1))):
-                x = step(teacher, self.schedule, x, t, s)
+            x_s = descend(solver, teacher, self.schedule, x, levels)
         with self._target_weights():
-            target = self._student(cond)(x, cond["down"][:, -1])
+            target = self._student(cond)(x_s, levels[-1])
         # Autocast keeps its copies of weights until its block ends. Those made here are perhaps the
         # average's, and in earlier versions of torch have no gradients: not for the student.
         torch.clear_autocast_cache()
