@@ -172,9 +172,10 @@ def calls_a_unet(module: ast.AST) -> bool:
 
 
 def loops_over_steps(module: ast.AST) -> bool:
-    """Whether a loop calls a sampler's or scheduler's `step(…)`."""
+    """Whether a loop calls a sampler's or scheduler's `step(…)`, or a solver."""
     return any(
-        name == "step" or name.endswith(("scheduler.step", "sampler.step", "course.step"))
+        name in ("step", "solver")
+        or name.endswith(("scheduler.step", "sampler.step", "course.step"))
         for loop in ast.walk(module)
         if isinstance(loop, ast.For | ast.While)
         for name, _ in calls(loop)
@@ -248,7 +249,10 @@ def test_there_is_one_place_that_calls_a_unet() -> None:
 
 
 def test_there_is_one_sampling_loop() -> None:
-    assert where(loops_over_steps) == {"ldm_pipeline/diffusion/loop.py"}
+    """Beside it only the teacher's way down in a distillation, on which each sample has levels of
+    its own, and which draws nothing."""
+    teacher = "ldm_pipeline/diffusion/consistency.py"
+    assert where(loops_over_steps) == {"ldm_pipeline/diffusion/loop.py", teacher}
 
 
 def test_there_is_one_training_loop() -> None:
@@ -270,6 +274,7 @@ def test_nothing_runs_what_a_file_or_a_string_says() -> None:
         (calls_a_unet, "y = self.unet(x, t)", "y = unet.config.sample_size"),
         (calls_a_unet, "pipe.unet.forward(x)", "bind(unet, embeds)"),
         (loops_over_steps, "for t in times:\n    x = step(x, t)", "x = step(x, t)"),
+        (loops_over_steps, "for t in times:\n    x = solver(x, t)", "x = solver(x, t)"),
         (loops_over_steps, "while x:\n    pipe.scheduler.step(x)", "for x in y:\n    steps(x)"),
         (trains, "loss.backward()", "torch.autograd.grad(loss, x)"),
         (trains, "optimizer.step()", "scheduler.step()"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderTiny
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import CLIPModel, CLIPTokenizer
 
@@ -72,7 +73,7 @@ def bundle(parts: Parts, out: Path) -> Path:
     shutil.rmtree(unfinished, ignore_errors=True)
     try:
         _gather(parts, unfinished)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise UserError(f"the bundle cannot be made: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
@@ -166,7 +167,7 @@ def _hear_new_words(place: Path) -> None:
     ]
     lengths = tensors[name].float().norm(dim=1)
     usual = lengths[sorted(known)].median()
-    quiet = torch.tensor([number for number in new if lengths[number] < usual / 2])
+    quiet = torch.tensor([number for number in new if 0 < lengths[number] < usual / 2])
     if len(quiet):
         louder = tensors[name][quiet].float() * (usual / lengths[quiet])[:, None]
         tensors[name][quiet] = louder.to(tensors[name].dtype)

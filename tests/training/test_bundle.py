@@ -71,6 +71,13 @@ def test_new_words_are_heard(model: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(heard[name][new], 10 * trained[name][new], rtol=3e-3, atol=1e-3)
 
 
+def test_a_damaged_text_encoder_is_told(model: Path, tmp_path: Path) -> None:
+    (model / "text_encoder" / "model.safetensors").write_bytes(b"damaged")
+    with pytest.raises(UserError, match="the bundle cannot be made"):
+        bundle(Parts(model, model), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_what_does_not_fit_leaves_everything_as_it_was(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
