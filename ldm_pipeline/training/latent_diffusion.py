@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from ldm_pipeline.data.world import KINDS, World
+from ldm_pipeline.data.world import KINDS, World, among_strangers
 from ldm_pipeline.diffusion.losses import Loss, denoising_errors, denoising_loss
 from ldm_pipeline.diffusion.prediction import interpret
 from ldm_pipeline.diffusion.schedule import Schedule
@@ -136,6 +136,9 @@ class LatentDiffusionConfig(TrainingConfig):
     often: OftenSettings = OftenSettings()
     levels: LevelSettings = LevelSettings()
     caption_dropout: Fraction = 0.1
+    strange_words: Fraction = Field(
+        default=0.0, description="share of the captions among words that mean nothing here"
+    )
     layout_weight: NonNegativeFloat = Field(
         default=0.0, description="of naming what is where, a task beside the denoising"
     )
@@ -298,10 +301,18 @@ class LatentDiffusionObjective(nn.Module):
         ).save_pretrained(folder)
 
     def _caption(self, index: int, rng: np.random.Generator) -> str:
-        """A fresh wording of picture `index`, none of the held-out ones, or the empty text."""
+        """A fresh wording of picture `index`, none of the held-out ones, or the empty text.
+
+        Strange words that would push the caption's own out of what the encoder reads stay out.
+        """
         if rng.random() < self.config.caption_dropout:
             return ""
-        return fresh_caption(self.world, index, rng)
+        caption = fresh_caption(self.world, index, rng)
+        if self.config.strange_words and rng.random() < self.config.strange_words:
+            filled = among_strangers(caption, rng)
+            if len(self.tokenizer(filled).input_ids) <= self.tokenizer.model_max_length:
+                return filled
+        return caption
 
     def _pictures(self) -> list[int]:
         """The pictures of one pass: all, and those with things of `often.kinds` several times."""

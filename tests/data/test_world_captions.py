@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from ldm_pipeline.data.world import (
     Scene,
     Thing,
     World,
+    among_strangers,
     caption_of,
     describe,
     hard_negatives,
@@ -151,6 +153,26 @@ def test_hard_negatives_swap_and_reverse() -> None:
     assert {("star", "blue"), ("house", "red")} in pairs
     assert Description((first, second), "below") in negatives
     assert any(m.kind not in ("star", "house") for n in negatives for m in n.mentions)
+
+
+def test_strange_words_come_before_after_and_between_and_take_nothing_away() -> None:
+    """All of a caption's words stay, in their order, beside at least one that no caption has."""
+    rng, caption = np.random.default_rng(4), "a red star above two small blue houses"
+    before = between = after = 0
+    seen: set[str] = set()
+    for _ in range(400):
+        words = re.findall("[a-z]+", among_strangers(caption, rng))
+        strange = [i for i, word in enumerate(words) if word not in VOCABULARY]
+        known = " ".join(word for word in words if word in VOCABULARY)
+        assert strange
+        assert caption in known, known
+        seen.update(words[i] for i in strange)
+        first, last = words.index("red"), words.index("houses")
+        before += all(i < first for i in strange)
+        after += all(i > last for i in strange)
+        between += all(first < i < last for i in strange)
+    assert min(before, between, after) > 60
+    assert len(seen) > 380  # hardly ever the same one twice
 
 
 def test_caption_of_respects_the_hold_out() -> None:

@@ -520,6 +520,7 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "levels.std": Change(batch, 2.0),
         "levels.uniform": Change(batch, 1.0),
         "caption_dropout": Change(batch, 1.0),
+        "strange_words": Change(batch, 1.0),
         "layout_weight": Change(loss, 0.5),
         "words_weight": Change(loss, 0.5),
         "min_snr_gamma": Change(loss, 1.0),

@@ -12,7 +12,8 @@ import torch
 from diffusers import StableDiffusionPipeline
 
 from ldm_pipeline import load
-from ldm_pipeline.data.world import World
+from ldm_pipeline.data.world import VOCABULARY, World
+from ldm_pipeline.data.world.captions import words_of
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.images import to_tensor
 from ldm_pipeline.models import autoencoder
@@ -184,6 +185,29 @@ def test_the_asked_share_of_captions_is_dropped(built: LatentDiffusionObjective)
     empty = built.tokenizer("", padding="max_length", return_tensors="pt").input_ids
     assert 20 <= int((tokens == empty).all(dim=1).sum()) <= 60
     assert len(tokens.unique(dim=0)) > 100  # worded anew in each pass
+
+
+def test_the_asked_share_of_captions_is_among_strange_words(
+    built: LatentDiffusionObjective,
+) -> None:
+    """300 draws at 0.5, at least five standard deviations from 0 and 1; no word of a caption is
+    lost, and where there would be no room for it the strange ones stay out."""
+    config = built.config.model_copy(update={"strange_words": 0.5, "caption_dropout": 0.0})
+    objective = copy.copy(built)
+    objective.config = config
+    told = [objective._caption(i % PICTURES, np.random.default_rng(i)) for i in range(300)]
+    strange = [bool(set(words_of(caption)) - set(VOCABULARY)) for caption in told]
+    assert 100 <= sum(strange) <= 200
+    objective.tokenizer = copy.deepcopy(built.tokenizer)
+    objective.tokenizer.model_max_length = 8
+    short = [objective._caption(i % PICTURES, np.random.default_rng(i)) for i in range(300)]
+    for caption in set(short) - set(told):
+        assert set(words_of(caption)) <= set(VOCABULARY), caption
+    assert all(
+        len(objective.tokenizer(caption, truncation=False).input_ids) <= 8
+        for caption in short
+        if set(words_of(caption)) - set(VOCABULARY)
+    )
 
 
 @pytest.mark.parametrize("uniform", [1.0, 0.2, 0.0])

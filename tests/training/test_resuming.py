@@ -75,6 +75,7 @@ ALLOWED: list[tuple[str, str, Any]] = [
     ("lcm", "lcm.towards_noise", 2.0),
     ("lcm", "data", {"source": "others"}),
     ("unet", "caption_dropout", 0.5),
+    ("unet", "strange_words", 0.5),
 ]
 
 
