@@ -144,12 +144,12 @@ def test_what_is_usual_of_a_model_is_read_once(
     write_lines(tmp_path / "prompts.jsonl", LINES)
     told = [order.args for order in orders(str(tmp_path / "prompts.jsonl"))]
     assert read == ["bundled"]
-    assert [(own.steps, own.guidance) for own in told] == [
-        (25, 3.0),
-        (25, 3.0),
-        (2, 3.0),
-        (25, 3.0),
-        (25, 1.0),
+    assert [(own.steps, own.guidance, own.sampler) for own in told] == [
+        (25, 2.0, "lcm"),
+        (25, 2.0, "lcm"),
+        (2, 2.0, "lcm"),
+        (25, 2.0, "lcm"),
+        (25, 1.0, "euler_a"),
     ]
 
 

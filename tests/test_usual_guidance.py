@@ -23,7 +23,7 @@ FAMILIES = {
 
 
 def settled(model: str, *, lcm: bool | str = False, painting: bool = False) -> tuple[int, float]:
-    args = Namespace(model=model, steps=None, guidance=None, lcm=lcm)
+    args = Namespace(model=model, steps=None, guidance=None, sampler=None, lcm=lcm)
     settle_steps(args, painting)
     return args.steps, args.guidance
 
@@ -98,6 +98,34 @@ def test_a_hub_model_that_cannot_be_fetched_is_refused_in_one_line(
 
 def test_of_the_bundled_model_they_are_its_own() -> None:
     """Weaker than others'; fewer steps with its adapter."""
-    assert settled("bundled") == (25, 3.0)
-    assert settled("bundled", painting=True) == (25, 3.0)
+    assert settled("bundled") == (25, 2.0)
+    assert settled("bundled", painting=True) == (25, 2.0)
     assert settled("bundled", lcm=True) == (4, 1.0)
+
+
+NAMED: list[tuple[dict[str, Any], str | None]] = [
+    ({}, "lcm"),
+    ({"steps": 50}, "lcm"),
+    ({"steps": 51}, None),
+    ({"guidance": 7.5}, None),
+    ({"guidance": 2.0}, None),
+    ({"sampler": "ddim"}, "ddim"),
+    ({"sampler": "ddim", "guidance": 7.5}, "ddim"),
+    ({"image": "picture.png"}, None),
+    ({"lcm": True}, None),
+    ({"lcm": "a file"}, None),
+    ({"model": "somebody/else"}, None),
+]
+
+
+@pytest.mark.parametrize(("named", "sampler"), NAMED)
+def test_fresh_noise_goes_with_the_bundled_models_own_guidance_alone(
+    named: dict[str, Any], sampler: str | None
+) -> None:
+    """In as many steps as there are levels for it, and where no picture is begun with."""
+    silent = {"steps": None, "guidance": None, "sampler": None, "lcm": False, "image": None}
+    args = Namespace(**silent | {"model": "bundled"} | named)
+    if args.model != "bundled":
+        args.guidance = 7.5
+    settle_steps(args)
+    assert args.sampler == sampler

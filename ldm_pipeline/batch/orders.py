@@ -23,7 +23,7 @@ from ldm_pipeline.commands.generate import (
     read_prompts,
     recipe_of,
 )
-from ldm_pipeline.commands.steps import settle_steps
+from ldm_pipeline.commands.steps import settle_steps, usual_of
 from ldm_pipeline.errors import UserError, suggestion
 from ldm_pipeline.memory import PLAIN, Memory
 from ldm_pipeline.metadata import Recipe
@@ -77,10 +77,10 @@ def read_orders(args: argparse.Namespace) -> list[Order]:
     """
     orders = []
     entries = _entries(args.prompts)
-    usual = argparse.Namespace(**vars(args))
-    settle_steps(usual)  # once: no line sets what decides it
+    usual = usual_of(args) if args.guidance is None else None  # once: no line names a model
     for place, entry in entries:
-        own = argparse.Namespace(**{**vars(usual), **entry})
+        own = argparse.Namespace(**{**vars(args), **entry})
+        settle_steps(own, usual=usual)
         try:
             check_drawing(own, [own.prompt], own.seed)
         except UserError as error:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ldm_pipeline.commands.sources import Source, find, is_xl, scheduler_config, unet_config
 from ldm_pipeline.errors import UserError
@@ -30,9 +30,11 @@ STEPS = 25
 """Denoising steps, unless --steps or --lcm says otherwise."""
 USUAL_LEVELS = 1000
 """Noise levels of a training, unless a model's scheduler says otherwise."""
-BUNDLED_GUIDANCE = 3.0
-"""How strongly the bundled model's pictures follow the words, unless --guidance or --lcm says
-otherwise; others take what stock pipelines of their family do."""
+BUNDLED_SAMPLER, BUNDLED_GUIDANCE = "lcm", 2.0
+"""How the bundled model draws a whole picture, unless something of it is named: the clean latents
+that a step believes in get fresh noise, which mends what earlier steps got wrong (2306.14878 tells
+why), and little guidance, since much of it spoils such pictures. `ldm evaluate` tells how much
+oftener the words are drawn than with `--sampler ddim`, which bears any guidance."""
 
 
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
@@ -54,7 +56,12 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="few steps, with the LCM adapter in FILE (or the one known for the model)",
     )
-    add("--sampler", metavar="NAME", help=f"one of {', '.join(SAMPLER_NAMES)} (the model's own)")
+    add(
+        "--sampler",
+        metavar="NAME",
+        help=f"one of {', '.join(SAMPLER_NAMES)} (the model's own;"
+        f" {BUNDLED_SAMPLER} for the bundled model's words, if no --guidance is named)",
+    )
     add(
         "--eta",
         type=float,
@@ -62,28 +69,45 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def settle_steps(args: argparse.Namespace, painting: bool = False) -> None:
-    """Put what was not named in place: steps and guidance are others with --lcm, and SDXL's
-    guidance where a part of a picture is painted.
+class Usual(NamedTuple):
+    """What a model is drawn with where nobody names a guidance: that and, in up to 50 steps, the
+    sampler that goes with it; None is the model's own."""
 
-    A full LCM, whose UNet is told the guidance, is told the usual one.
+    guidance: float
+    sampler: str | None = None
+
+
+def settle_steps(
+    args: argparse.Namespace, painting: bool = False, usual: Usual | None = None
+) -> None:
+    """Put what was not named in place: steps and guidance are others with --lcm, and SDXL's
+    guidance where a part of a picture is painted. `usual` spares asking the model again.
     """
     if args.steps is None:
         args.steps = LCM_STEPS if args.lcm else STEPS
     if args.guidance is None:
-        source = find(args.model)
-        heard = args.lcm is True and _hears(unet_config(source) or {})
-        silent = args.lcm and not heard
-        args.guidance = LCM_GUIDANCE if silent else _usual_guidance(source, painting)
+        guidance, sampler = usual or usual_of(args, painting)
+        args.guidance = guidance
+        if args.sampler is None and args.steps <= LcmNote.original_steps:
+            args.sampler = sampler
 
 
-def _usual_guidance(source: Source, painting: bool) -> float:
-    """The guidance of a model that nobody names one for."""
+def usual_of(args: argparse.Namespace, painting: bool = False) -> Usual:
+    """What the model of `args` is drawn with where nobody says otherwise.
+
+    A full LCM, whose UNet is told the guidance, is told the usual one. Fresh noise would forget a
+    picture that the drawing begins with.
+    """
+    source = find(args.model)
+    heard = args.lcm is True and _hears(unet_config(source) or {})
+    if args.lcm and not heard:
+        return Usual(LCM_GUIDANCE)
     if source.bundled:
-        return BUNDLED_GUIDANCE
+        fresh = not args.lcm and getattr(args, "image", None) is None
+        return Usual(BUNDLED_GUIDANCE, BUNDLED_SAMPLER if fresh else None)
     if not is_xl(source):
-        return GUIDANCE
-    return XL_PAINTING_GUIDANCE if painting else XL_GUIDANCE
+        return Usual(GUIDANCE)
+    return Usual(XL_PAINTING_GUIDANCE if painting else XL_GUIDANCE)
 
 
 def check_eta(eta: float | None, sampler: str | None, lcm: bool | str) -> None:
