@@ -16,6 +16,7 @@ from PIL import Image
 
 import ldm_pipeline
 from ldm_pipeline.commands import evaluate, generate
+from ldm_pipeline.models import bundled
 from ldm_pipeline.models.original.convert import to_file
 from tests.conftest import tiny_scheduler
 from tests.models.original.models import KINDS, plain
@@ -131,6 +132,11 @@ def test_evaluate_measures_with_the_adapter_that_it_is_told(
     monkeypatch.setattr(evaluate, "open_pipeline", lambda *_: Spy())
     assert ldm("evaluate", "--lcm", "--steps", "4", "--prompts", "2")[0] == 130
     assert ldm("evaluate", "--sampler", "tcd", "--eta", "0.2", "--prompts", "2")[0] == 130
-    few, other = asked
+    for model in ("bundled", str(bundled.folder())):  # by whatever name
+        assert ldm("evaluate", "--prompts", "2", "--model", model)[0] == 130
+    few, other, *usual = asked
     assert (few["lcm"], few["num_inference_steps"], few["guidance_scale"]) == (True, 4, 1.0)
     assert (other["lcm"], other["sampler"], other["eta"]) == (False, "tcd", 0.2)
+    for own in usual:
+        told = (own["num_inference_steps"], own["guidance_scale"], own["sampler"])
+        assert told == (25, 2.0, "lcm")

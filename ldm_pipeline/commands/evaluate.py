@@ -22,6 +22,7 @@ from ldm_pipeline.commands.sources import (
     unet_config,
 )
 from ldm_pipeline.commands.steps import (
+    BUNDLED_USUAL,
     add_step_arguments,
     check_eta,
     check_lcm,
@@ -57,7 +58,8 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{flag}={getattr(args, name)} must be from 1 to {MOST}")
     if args.seed > MAX_SEED - args.prompts:
         raise UserError(f"--seed={args.seed} is too large; with each picture it counts up")
-    settle_steps(args)
+    # Every model of the picture world is drawn as the bundled one is, so that figures compare.
+    settle_steps(args, usual=None if args.lcm else BUNDLED_USUAL)
     check_eta(args.eta, args.sampler, args.lcm)
     with in_flags():
         Request(

@@ -77,6 +77,9 @@ class Usual(NamedTuple):
     sampler: str | None = None
 
 
+BUNDLED_USUAL = Usual(BUNDLED_GUIDANCE, BUNDLED_SAMPLER)
+
+
 def settle_steps(
     args: argparse.Namespace, painting: bool = False, usual: Usual | None = None
 ) -> None:
@@ -104,7 +107,7 @@ def usual_of(args: argparse.Namespace, painting: bool = False) -> Usual:
         return Usual(LCM_GUIDANCE)
     if source.bundled:
         fresh = not args.lcm and getattr(args, "image", None) is None
-        return Usual(BUNDLED_GUIDANCE, BUNDLED_SAMPLER if fresh else None)
+        return BUNDLED_USUAL if fresh else Usual(BUNDLED_GUIDANCE)
     if not is_xl(source):
         return Usual(GUIDANCE)
     return Usual(XL_PAINTING_GUIDANCE if painting else XL_GUIDANCE)
