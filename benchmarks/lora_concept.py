@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from ldm_pipeline import LatentDiffusionPipeline, load
-from ldm_pipeline.commands.steps import BUNDLED_GUIDANCE, BUNDLED_SAMPLER
+from ldm_pipeline.commands.steps import BUNDLED_USUAL
 from ldm_pipeline.data.world import World, write_folder
 from ldm_pipeline.data.world.concepts import CONCEPTS, write_concept
 from ldm_pipeline.evaluation.concept import measure_concept
@@ -52,9 +52,8 @@ def drawn(
 ) -> list[np.ndarray]:
     """Pictures uint8 [128, 128, 3] of the prompts, picture i from seed i; in `few` steps with the
     model's few-step adapter beside the others."""
-    guided = {
-        "num_inference_steps": 25, "guidance_scale": BUNDLED_GUIDANCE, "sampler": BUNDLED_SAMPLER,
-    }  # fmt: skip
+    guidance, sampler = BUNDLED_USUAL
+    guided = {"num_inference_steps": 25, "guidance_scale": guidance, "sampler": sampler}
     how: dict[str, Any] = {"lcm": True} if few else guided
     pictures: list[np.ndarray] = []
     pipe.set_progress_bar_config(disable=True)

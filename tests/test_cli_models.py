@@ -134,9 +134,12 @@ def test_evaluate_measures_with_the_adapter_that_it_is_told(
     assert ldm("evaluate", "--sampler", "tcd", "--eta", "0.2", "--prompts", "2")[0] == 130
     for model in ("bundled", str(bundled.folder())):  # by whatever name
         assert ldm("evaluate", "--prompts", "2", "--model", model)[0] == 130
-    few, other, *usual = asked
+    original("sd1-lcm").save_pretrained("distilled")
+    assert ldm("evaluate", "--prompts", "2", "--model", "distilled")[0] == 130
+    few, other, *usual, distilled = asked
     assert (few["lcm"], few["num_inference_steps"], few["guidance_scale"]) == (True, 4, 1.0)
     assert (other["lcm"], other["sampler"], other["eta"]) == (False, "tcd", 0.2)
     for own in usual:
         told = (own["num_inference_steps"], own["guidance_scale"], own["sampler"])
         assert told == (25, 2.0, "lcm")
+    assert (distilled["guidance_scale"], distilled["sampler"]) == (7.5, None), "its own levels"

@@ -114,18 +114,19 @@ NAMED: list[tuple[dict[str, Any], str | None]] = [
     ({"image": "picture.png"}, None),
     ({"lcm": True}, None),
     ({"lcm": "a file"}, None),
-    ({"model": "somebody/else"}, None),
+    ({"model": "another"}, None),
 ]
 
 
 @pytest.mark.parametrize(("named", "sampler"), NAMED)
 def test_fresh_noise_goes_with_the_bundled_models_own_guidance_alone(
-    named: dict[str, Any], sampler: str | None
+    named: dict[str, Any], sampler: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In as many steps as there are levels for it, and where no picture is begun with."""
+    monkeypatch.chdir(tmp_path)
+    kind = {"_class_name": "StableDiffusionPipeline"}
+    write(Path("another"), index=kind, unet={"cross_attention_dim": 64})
     silent = {"steps": None, "guidance": None, "sampler": None, "lcm": False, "image": None}
     args = Namespace(**silent | {"model": "bundled"} | named)
-    if args.model != "bundled":
-        args.guidance = 7.5
     settle_steps(args)
     assert args.sampler == sampler

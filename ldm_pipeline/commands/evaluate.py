@@ -27,6 +27,7 @@ from ldm_pipeline.commands.steps import (
     check_eta,
     check_lcm,
     check_steps,
+    is_few_step,
     settle_steps,
 )
 from ldm_pipeline.errors import UserError
@@ -58,8 +59,10 @@ def run(args: argparse.Namespace) -> None:
             raise UserError(f"{flag}={getattr(args, name)} must be from 1 to {MOST}")
     if args.seed > MAX_SEED - args.prompts:
         raise UserError(f"--seed={args.seed} is too large; with each picture it counts up")
-    # Every model of the picture world is drawn as the bundled one is, so that figures compare.
-    settle_steps(args, usual=None if args.lcm else BUNDLED_USUAL)
+    source = find(args.model)
+    # What was not distilled is drawn as the bundled model is, so that figures compare.
+    distilled = args.lcm or is_few_step(scheduler_config(source))
+    settle_steps(args, usual=None if distilled else BUNDLED_USUAL)
     check_eta(args.eta, args.sampler, args.lcm)
     with in_flags():
         Request(
@@ -74,7 +77,6 @@ def run(args: argparse.Namespace) -> None:
     check_place(args.device, args.dtype)
     if args.out is not None:
         check_folder(args.out)
-    source = find(args.model)
     note = check_lcm(args.lcm, source)
     check_steps(args.steps, args.sampler, note, scheduler_config(source))
     decoder = find_decoder(args.decoder, source)

@@ -30,7 +30,17 @@ STEPS = 25
 """Denoising steps, unless --steps or --lcm says otherwise."""
 USUAL_LEVELS = 1000
 """Noise levels of a training, unless a model's scheduler says otherwise."""
-BUNDLED_SAMPLER, BUNDLED_GUIDANCE = "lcm", 2.0
+
+
+class Usual(NamedTuple):
+    """What a model is drawn with where nobody names a guidance: that and, in up to 50 steps, the
+    sampler that goes with it; None is the model's own."""
+
+    guidance: float
+    sampler: str | None = None
+
+
+BUNDLED_USUAL = Usual(2.0, "lcm")
 """How the bundled model draws a whole picture, unless something of it is named: the clean latents
 that a step believes in get fresh noise, which mends what earlier steps got wrong (2306.14878 tells
 why), and little guidance, since much of it spoils such pictures. `ldm evaluate` tells how much
@@ -44,9 +54,9 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--guidance",
         type=float,
-        help=f"how strongly to follow the words ({BUNDLED_GUIDANCE} with the bundled model, else"
-        f" {GUIDANCE}, SDXL {XL_GUIDANCE}, painting {XL_PAINTING_GUIDANCE}; {LCM_GUIDANCE} with"
-        " --lcm)",
+        help=f"how strongly to follow the words ({BUNDLED_USUAL.guidance} with the bundled model,"
+        f" else {GUIDANCE}, SDXL {XL_GUIDANCE}, painting {XL_PAINTING_GUIDANCE}; {LCM_GUIDANCE}"
+        " with --lcm)",
     )
     add(
         "--lcm",
@@ -60,24 +70,13 @@ def add_step_arguments(parser: argparse.ArgumentParser) -> None:
         "--sampler",
         metavar="NAME",
         help=f"one of {', '.join(SAMPLER_NAMES)} (the model's own;"
-        f" {BUNDLED_SAMPLER} for the bundled model's words, if no --guidance is named)",
+        f" {BUNDLED_USUAL.sampler} for the bundled model's words, if no --guidance is named)",
     )
     add(
         "--eta",
         type=float,
         help="share of fresh noise, 0 to 1: of --sampler ddim (0), and tcd's gamma (0.3)",
     )
-
-
-class Usual(NamedTuple):
-    """What a model is drawn with where nobody names a guidance: that and, in up to 50 steps, the
-    sampler that goes with it; None is the model's own."""
-
-    guidance: float
-    sampler: str | None = None
-
-
-BUNDLED_USUAL = Usual(BUNDLED_GUIDANCE, BUNDLED_SAMPLER)
 
 
 def settle_steps(
@@ -107,7 +106,7 @@ def usual_of(args: argparse.Namespace, painting: bool = False) -> Usual:
         return Usual(LCM_GUIDANCE)
     if source.bundled:
         fresh = not args.lcm and getattr(args, "image", None) is None
-        return BUNDLED_USUAL if fresh else Usual(BUNDLED_GUIDANCE)
+        return BUNDLED_USUAL if fresh else Usual(BUNDLED_USUAL.guidance)
     if not is_xl(source):
         return Usual(GUIDANCE)
     return Usual(XL_PAINTING_GUIDANCE if painting else XL_GUIDANCE)
@@ -155,13 +154,16 @@ def check_steps(
     ones of a distillation: of what --lcm draws with (`note`), of few-step samplers, and of the
     scheduler of a full LCM.
     """
-    few = sampler in FEW_STEP_SAMPLERS or (
-        sampler is None and "original_inference_steps" in scheduler
-    )
+    few = sampler in FEW_STEP_SAMPLERS or (sampler is None and is_few_step(scheduler))
     most = (note or note_of(scheduler)).original_steps if note or few else _trained(scheduler)
     if steps > most:
         why = "that few steps are distilled on" if note or few else "that this model was trained on"
         raise UserError(f"--steps={steps} must lie between 1 and {most}, the noise levels {why}")
+
+
+def is_few_step(scheduler: Mapping[str, Any]) -> bool:
+    """Whether a scheduler's config is of a model distilled to few steps, which it then draws in."""
+    return "original_inference_steps" in scheduler
 
 
 def _trained(scheduler: Mapping[str, Any]) -> int:
