@@ -11,6 +11,10 @@ denoising loss is nearly the same for either answer: 538,000 samples did not tea
 which is which. A second head reads the layout from the text embeddings, with no picture at all;
 `benchmarks/relations.py` shows how soon a text encoder that is asked so directly tells them apart.
 
+A contrastive loss has the same gap: a picture's vector need not hold an order that no caption's
+holds, nor a caption's one that no picture's holds, and neither has a reason to begin. A third head
+asks both for it.
+
 Legend
     feats    features of the finest grid, [B, C, h, w], before the last block of the UNet
     embeds   text embeddings, [B, L, C]
@@ -86,6 +90,46 @@ class WordsHead(nn.Module):
         """The loss of `LayoutHead`; of finer labels every nth is read."""
         step = labels.shape[-1] // (FINE * self.side)
         return self.head(self.heard(embeds), labels[..., ::step, ::step])
+
+
+class WhereHead(nn.Module):
+    """Reads off one vector which kinds and colours there are, and where.
+
+    It is linear, as is the dot product that compares two such vectors.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.names = nn.Linear(channels, 3 * (len(KINDS) + len(COLOURS)))
+
+    def told(self, vectors: Tensor) -> tuple[Tensor, Tensor]:
+        """Of vectors [B, C] the logits of each kind, then each colour, being there, [B, N], and
+        their middles [B, N, 2], of which x and y go from -1 to 1; in float32."""
+        told = self.names(vectors).float().unflatten(1, (-1, 3))
+        return told[..., 0], told[..., 1:]
+
+    def forward(self, vectors: Tensor, labels: Tensor) -> Tensor:
+        """Cross-entropy of what is there, and the squared distance of its middle from the true
+        one, each a mean; their sum is a scalar."""
+        there, middles = middles_of(labels)
+        logits, told = self.told(vectors)
+        off = (told - middles).square().sum(2)[there]
+        named = F.binary_cross_entropy_with_logits(logits, there.float())
+        return named + off.sum() / max(off.numel(), 1)
+
+
+def middles_of(labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Which kinds and colours labels [B, 4, n, n] hold, bool [B, N], and the middles of their
+    places [B, N, 2]: x to the right and y down, each from -1 to 1, and 0 for what is not there."""
+    kinds, colours = (
+        F.one_hot(labels[:, i].long(), classes)[..., 1:] for i, classes in enumerate(CLASSES[:2])
+    )
+    here = torch.cat([kinds, colours], dim=-1).float()  # [B, y, x, N]
+    side = labels.shape[-1]
+    along = (torch.arange(side, device=labels.device) * 2 + 1) / side - 1
+    area = here.sum((1, 2))
+    x, y = (torch.einsum("byxn,x->bn", here, along), torch.einsum("byxn,y->bn", here, along))
+    return area > 0, torch.stack([x, y], dim=-1) / area.clamp(min=1)[..., None]
 
 
 def labels_of(scene: Scene, side: int) -> np.ndarray:

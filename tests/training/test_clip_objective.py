@@ -145,6 +145,29 @@ def test_another_world_is_told_in_the_words_that_the_towers_know(
     assert begun.tokenizer.get_vocab() == words
 
 
+def test_a_text_encoder_goes_before_the_text_tower_that_a_run_left(
+    text_folder: Path,
+    clip_objective: ClipObjective,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So that the pictures of one run and the words of another begin a third."""
+    monkeypatch.setattr(clip, "World", SmallWorld)
+    encoder = CLIPTextModel.from_pretrained(text_folder / "text_encoder")
+    other = encoder.state_dict()
+    with torch.no_grad():
+        for weight in other.values():
+            weight.mul_(2.0)
+    encoder.save_pretrained(tmp_path / "text_encoder")
+    clip_objective.tokenizer.save_pretrained(tmp_path / "tokenizer")
+    both = {"begin_from": text_folder, "text": tmp_path}
+    begun = ClipObjective(clip_objective.config.model_copy(update=both)).clip.state_dict()
+    first = clip_objective.clip.state_dict()
+    for name, weight in begun.items():
+        wanted = first[name] * 2 if name.startswith("text_model.") else first[name]
+        assert torch.equal(weight, wanted), name
+
+
 def test_eight_pairs_are_learnt(objective: ClipObjective) -> None:
     losses = laws.losses_of_one_batch(objective, n=8, lr=1e-2)
     assert losses[-1] < 0.8 * losses[0]
@@ -153,7 +176,7 @@ def test_eight_pairs_are_learnt(objective: ClipObjective) -> None:
 def test_one_head_reads_both_towers(
     clip_objective: ClipObjective, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a vector says of the layout teaches the tower that it is of, and no other."""
+    """What a vector says of where things are teaches the tower that it is of, and no other."""
     monkeypatch.setattr(clip, "World", SmallWorld)
     told = ClipObjective(clip_objective.config.model_copy(update={"vectors_weight": 0.5}))
     laws.everything_trained_has_a_gradient(told)
@@ -161,8 +184,8 @@ def test_one_head_reads_both_towers(
     plain = clip_objective(batch)
     losses = told(batch)
     towers = {
-        "picture_layout": told.clip.visual_projection.weight,
-        "caption_layout": told.clip.text_projection.weight,
+        "picture_where": told.clip.visual_projection.weight,
+        "caption_where": told.clip.text_projection.weight,
     }
     for name in towers:
         graph = torch.autograd.grad(
@@ -170,5 +193,19 @@ def test_one_head_reads_both_towers(
         )
         taught = [g is not None and bool(g.any()) for g in graph]
         assert taught == [name == other for other in towers]
-    added = 0.5 * (losses["picture_layout"] + losses["caption_layout"])
+    added = 0.5 * (losses["picture_where"] + losses["caption_where"])
     assert torch.allclose(losses["loss"], plain["loss"] + added)
+
+
+def test_turned_relations_are_beaten_by_who_knows_order(
+    objective: ClipObjective, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Towers that hold what a caption says of order win every time, towers that hold its reverse
+    never."""
+    monkeypatch.setattr(clip, "World", SmallWorld)
+    monkeypatch.setattr(objective, "see", lambda pictures: (torch.ones(len(pictures), 1), None))
+    for first, share in ((1.0, 1.0), (-1.0, 0.0)):
+        turned = torch.tensor([[first], [-first]]).repeat(256, 1)
+        monkeypatch.setattr(objective, "read", lambda _, t=turned: t)
+        world = World(0, "test")
+        assert float(objective._beats_turned(world, torch.device("cpu"))) == share

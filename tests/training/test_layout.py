@@ -10,7 +10,16 @@ from torch import nn
 from ldm_pipeline.data.world import COLOURS, KINDS, ROLES, STYLES, World, roles_at
 from ldm_pipeline.data.world.scene import tones
 from ldm_pipeline.data.world.shapes import contour_colour, paint, paint_on
-from ldm_pipeline.training.layout import CLASSES, FINE, LayoutHead, Listener, WordsHead, labels_of
+from ldm_pipeline.training.layout import (
+    CLASSES,
+    FINE,
+    LayoutHead,
+    Listener,
+    WhereHead,
+    WordsHead,
+    labels_of,
+    middles_of,
+)
 
 
 def test_labels_are_what_covers_each_point() -> None:
@@ -132,3 +141,55 @@ def test_words_alone_tell_what_is_where() -> None:
     assert embeds.grad is not None
     assert (embeds.grad.abs().sum((1, 2)) > 0).all()
     assert head(torch.randn(4, 3, 32), labels).ndim == 0
+
+
+def test_middles_are_those_of_the_scene() -> None:
+    """Of kinds and colours that one thing has, the middle of what is seen of it; nothing else is
+    there, and the middle of two things lies between them."""
+    seen = shared = 0
+    for index in range(60):
+        sample = World(3)[index]
+        labels = torch.from_numpy(labels_of(sample.scene, 64))[None]
+        there, middles = (told[0] for told in middles_of(labels))
+        names = (
+            [thing.kind for thing in sample.scene.things],
+            [thing.colour for thing in sample.scene.things],
+        )
+        for options, names_here, first in zip(
+            (KINDS, COLOURS), names, (0, len(KINDS)), strict=True
+        ):
+            for number, name in enumerate(options):
+                told, middle = bool(there[first + number]), middles[first + number]
+                assert told == (name in names_here)
+                if not told:
+                    assert not middle.any()
+                    continue
+                own = [m for n, m in zip(names_here, sample.masks, strict=True) if n == name]
+                rows, columns = np.nonzero(np.any(own, axis=0))
+                wanted = torch.tensor([columns.mean(), rows.mean()]) / 63.5 - 1
+                # points 2 pixels apart, which are 1/32, and edges that they see or miss
+                assert torch.allclose(middle, wanted.float(), atol=0.04)
+                seen += 1
+                shared += len(own) > 1
+    assert seen > 150
+    assert shared > 10
+
+
+def test_one_vector_tells_where_things_are() -> None:
+    """A vector that tells it is read after some steps, another one is not, and the tower it is of
+    gets a gradient; an empty picture has a loss too."""
+    torch.manual_seed(0)
+    scenes = [World(0).told(index)[0] for index in range(4)]
+    labels = torch.from_numpy(np.stack([labels_of(scene, 64) for scene in scenes]))
+    head = WhereHead(32)
+    vectors = torch.randn(4, 32, requires_grad=True)
+    first, last = taught(head, vectors, labels, lr=0.05, steps=100)
+    assert last < 0.1 * first
+    assert float(head(vectors.roll(1, dims=0), labels).detach()) > 0.5 * first
+    assert vectors.grad is not None
+    assert (vectors.grad.abs().sum(1) > 0).all()
+    there, middles = middles_of(labels)
+    logits, told = head.told(vectors)
+    assert ((logits > 0) == there).all()
+    assert torch.allclose(told[there], middles[there], atol=0.1)
+    assert torch.isfinite(head(vectors, torch.zeros_like(labels)))
