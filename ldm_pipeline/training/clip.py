@@ -279,6 +279,8 @@ def _tokenizer(config: ClipConfig, world: World) -> CLIPTokenizer:
 def _tokenizer_of(folder: Path, setting: str) -> CLIPTokenizer:
     """The tokenizer beside the model in `folder`, or beside `folder` where it is the model itself;
     UserError, which names the `setting`, for none."""
+    if not folder.is_dir():
+        raise UserError(f"{setting}={folder} is no folder that is there; name one with a tokenizer")
     for place in (folder / "tokenizer", folder.parent / "tokenizer"):
         if (place / "tokenizer.json").is_file():
             return CLIPTokenizer.from_pretrained(place)

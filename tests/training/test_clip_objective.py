@@ -125,6 +125,8 @@ def test_a_run_begins_from_what_another_left(
     for setting in ("text", "begin_from"):
         with pytest.raises(UserError, match=f"^{setting}: {tmp_path} has no tokenizer"):
             ClipObjective(config.model_copy(update={setting: tmp_path}))
+        with pytest.raises(UserError, match=f"^{setting}={tmp_path / 'none'} is no folder"):
+            ClipObjective(config.model_copy(update={setting: tmp_path / "none"}))
     clip_objective.tokenizer.save_pretrained(tmp_path / "tokenizer")
     for setting, place in (("text", tmp_path / "text_encoder"), ("begin_from", tmp_path)):
         with pytest.raises(UserError, match=f"^{setting}: {place} holds none of"):
