@@ -17,7 +17,6 @@ which of two things is on the left.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import replace
 from pathlib import Path
 from typing import Self
 
@@ -29,12 +28,12 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from ldm_pipeline.data.world import (
-    OPPOSITE,
     Description,
     World,
     hard_negatives,
     held_out_caption,
     phrase,
+    turned,
 )
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.images import to_tensor
@@ -223,9 +222,9 @@ class ClipObjective(nn.Module):
         index = 0
         while len(pictures) < 256:
             description = world.told(index)[1]
-            if description.relation is not None:
-                turned = replace(description, relation=OPPOSITE[description.relation])
-                for told in (description, turned):
+            other = turned(description)
+            if other is not None:
+                for told in (description, other):
                     captions.append(phrase(told, np.random.default_rng([3, index])))
                 pictures.append(world[index].picture)
             index += 1

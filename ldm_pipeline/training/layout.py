@@ -113,9 +113,9 @@ class WhereHead(nn.Module):
         one, each a mean; their sum is a scalar."""
         there, middles = middles_of(labels)
         logits, told = self.told(vectors)
-        off = (told - middles).square().sum(2)[there]
+        off = (told - middles).square().sum(2) * there
         named = F.binary_cross_entropy_with_logits(logits, there.float())
-        return named + off.sum() / max(off.numel(), 1)
+        return named + off.sum() / there.sum().clamp(min=1)
 
 
 def middles_of(labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -128,8 +128,8 @@ def middles_of(labels: Tensor) -> tuple[Tensor, Tensor]:
     side = labels.shape[-1]
     along = (torch.arange(side, device=labels.device) * 2 + 1) / side - 1
     area = here.sum((1, 2))
-    x, y = (torch.einsum("byxn,x->bn", here, along), torch.einsum("byxn,y->bn", here, along))
-    return area > 0, torch.stack([x, y], dim=-1) / area.clamp(min=1)[..., None]
+    sums = [torch.einsum(f"byxn,{axis}->bn", here, along) for axis in "xy"]
+    return area > 0, torch.stack(sums, dim=-1) / area.clamp(min=1)[..., None]
 
 
 def labels_of(scene: Scene, side: int) -> np.ndarray:

@@ -232,6 +232,13 @@ def hard_negatives(description: Description, rng: np.random.Generator, n: int
     return found
 
 
+def turned(description: Description) -> Description | None:
+    """The description with its relation turned round; None for one that has none."""
+    if description.relation is None:
+        return None
+    return replace(description, relation=OPPOSITE[description.relation])
+
+
 def _meaning(description: Description) -> tuple[object, ...]:
     """Equal for descriptions that say the same in another order."""
     mentions, relation = description.mentions, description.relation
@@ -283,9 +290,7 @@ def _swap(description: Description, rng: np.random.Generator, colours: bool) -> 
 
 
 def _reverse(description: Description, rng: np.random.Generator) -> Description | None:
-    if description.relation is None:
-        return None
-    return replace(description, relation=OPPOSITE[description.relation])
+    return turned(description)
 
 
 def _one(change: Callable[[Mention, np.random.Generator], Mention | None]) -> _Change:
