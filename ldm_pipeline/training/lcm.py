@@ -42,7 +42,7 @@ from ldm_pipeline.lora.files import FILE_NAME
 from ldm_pipeline.lora.notes import LcmNote
 from ldm_pipeline.training.adapter_config import AdapterConfig, AdapterSettings, PictureSettings
 from ldm_pipeline.training.adapting import AdapterObjective, OpenModel, Pictures
-from ldm_pipeline.training.captioned import Captioned, CaptionedSettings
+from ldm_pipeline.training.captioned import Captioned, CaptionedSettings, Sample
 from ldm_pipeline.training.config import NonNegativeFloat, Positive, PositiveFloat, Settings
 from ldm_pipeline.training.levels import levels_of
 from ldm_pipeline.training.pixels import PixelSettings, Quarters, a_corner, quarter
@@ -79,6 +79,12 @@ class DistillationSettings(Settings):
         default=0.0,
         description="0 draws all levels equally often; with 2, 7 of 8 samples come from the "
         "noisier half (1 - 2^-(1 + value)): the first of few steps decides what is where",
+    )
+    own_pictures: Annotated[float, Field(ge=0, le=1)] = Field(
+        default=0.0,
+        description="share of samples in which the data's picture makes way for what the student "
+        "draws of the same words in two leaps from noise: later steps are drawn from such, "
+        "mistakes included, and so the teacher shows how to mend them (2405.05224, section 3.1)",
     )
     timestep_scaling: PositiveFloat = Field(default=10.0, description="of the boundary condition")
     w: tuple[NonNegativeFloat, NonNegativeFloat] = Field(
@@ -181,23 +187,56 @@ class LcmObjective(AdapterObjective):
         if self.config.lcm.target == "average":
             self._average = average
 
+    def _drawn(
+        self, sample: Sample, position: int, share: float | None = None
+    ) -> dict[str, Tensor]:
+        """The same, and the noise of the student's own picture, if there are to be any."""
+        drawn = super()._drawn(sample, position, share)
+        if self.config.lcm.own_pictures and share is None:
+            rng = np.random.default_rng([self.config.run.seed, 9, position % 2**63])
+            generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+            drawn["own"] = torch.tensor(rng.random() < self.config.lcm.own_pictures)
+            drawn["leaps"] = torch.randn((2, *drawn["z"].shape), generator=generator)
+        return drawn
+
     def _level(self, rng: np.random.Generator, share: float | None) -> dict[str, Tensor]:
-        """The levels and the guidance strength of a sample."""
-        lcm = self.config.lcm
+        """The levels and the guidance strength of a sample; `between` is where the second leap of
+        the student's own picture begins, anywhere between noise alone and t."""
+        lcm, top = self.config.lcm, len(self.descents) - 1
+        trained = share is None
         if share is None:
             share = rng.random() ** (1 / (1 + lcm.towards_noise))
-        t, *down = self.descents[min(int(share * len(self.descents)), len(self.descents) - 1)]
+        at = min(int(share * (top + 1)), top)
+        t, *down = self.descents[at]
         low, high = lcm.w
         w = torch.tensor(low + (high - low) * rng.random(), dtype=torch.float32)
         drawn = {"t": torch.tensor(t), "down": torch.tensor(down), "w": w}
-        return drawn if self.shown is None else {**drawn, "corner": a_corner(rng)}
+        if self.shown is not None:
+            drawn["corner"] = a_corner(rng)
+        if lcm.own_pictures and trained:
+            drawn["between"] = torch.tensor(self.descents[rng.integers(at, top + 1)][0])
+        return drawn
 
     def _ready(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
         """A group with its noisy latents and target: where the average says it, weights change."""
         cond = self._encoded(group)
         a, sig = self.schedule.coefficients(cond["t"], like=cond["z"])
-        x = a * cond["z"] + sig * cond["eps"]
+        x = a * self._clean(cond) + sig * cond["eps"]
         return {**cond, "x": x, "target": self._target(cond, x)}
+
+    @torch.no_grad()
+    def _clean(self, cond: Mapping[str, Tensor]) -> Tensor:
+        """The clean latents whose noisy ones are learnt from, [n, C, h, w]: the data's, or the
+        student's own. All are drawn, as to choose from them would wait for the device."""
+        if "own" not in cond:
+            return cond["z"]
+        f, between = self._student(cond), cond["between"]
+        noise, more = cond["leaps"].unbind(1)
+        a, sig = self.schedule.coefficients(between, like=noise)
+        drawn = f(noise, torch.full_like(between, self.descents[-1][0]))
+        drawn = f(a * drawn + sig * more, between)
+        torch.clear_autocast_cache()  # as `_target` says
+        return torch.where(cond["own"][:, None, None, None], drawn, cond["z"])
 
     def _errors(self, group: dict[str, Tensor]) -> Tensor:
         """The inconsistency of each sample of a group, [n]; where the student learns and `pixels`

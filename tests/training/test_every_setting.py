@@ -429,6 +429,7 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "lcm.stride": Change(batch, 2),
         "lcm.teacher_steps": Change(batch, 2),
         "lcm.towards_noise": Change(batch, 2.0),
+        "lcm.own_pictures": Change(batch, 0.5),
         "lcm.timestep_scaling": Change(loss, 0.01),
         "lcm.w": Change(batch, (1.0, 2.0)),
         "lcm.solver": Change(loss, "heun"),

@@ -211,6 +211,40 @@ def test_noisy_levels_may_come_more_often(folder: Path) -> None:
     assert t.min() < 500
 
 
+def test_some_pictures_are_the_student_s_own_in_two_leaps_from_noise(folder: Path) -> None:
+    """The noise, levels and strengths of all, and the pictures of the others, stay what they were;
+    a validation is of the data's pictures alone."""
+    lcm = {"original_steps": 10}
+    plain = stirred(built(config_of(folder, data={"fixed": True}, lcm=lcm)))
+    own = {**lcm, "own_pictures": 0.5}
+    objective = stirred(built(config_of(folder, data={"fixed": True}, lcm=own)))
+    chosen = []
+    for i in range(8):
+        positions = range(4 * i, 4 * i + 4)
+        (before,), (group,) = (o.batch(positions)["groups"] for o in (plain, objective))
+        for name, value in before.items():
+            assert torch.equal(value, group[name]), name
+        assert (group["between"] >= group["t"]).all()
+        told, ready = plain._ready(before)["x"], objective._ready(group)["x"]
+        a, sig = objective.schedule.coefficients(group["t"], like=ready)
+        clean = (ready - sig * group["eps"]) / a
+        with torch.no_grad():
+            f = objective._student(group)
+            first = f(group["leaps"][:, 0], torch.full_like(group["t"], 999))
+            a, sig = objective.schedule.coefficients(group["between"], like=ready)
+            drawn = f(a * first + sig * group["leaps"][:, 1], group["between"])
+        for n, chosen_here in enumerate(group["own"].tolist()):
+            chosen.append(chosen_here)
+            if chosen_here:
+                torch.testing.assert_close(clean[n], drawn[n], rtol=1e-3, atol=1e-3)
+            else:
+                assert torch.equal(ready[n], told[n])
+    assert 6 <= sum(chosen) <= 26  # of 32, by halves: 3.5 standard deviations
+    assert len({*chosen}) == 2
+    _, validated = next(objective._validation(objective.data.measured))
+    assert "own" not in validated
+
+
 def test_under_autocast_the_gradient_is_the_student_s(folder: Path) -> None:
     """Autocast keeps copies of weights: it must not take those that the target makes for it."""
     objective = stirred(built(config_of(folder, data={"fixed": True})))

@@ -73,6 +73,7 @@ ALLOWED: list[tuple[str, str, Any]] = [
     ("lcm", "lcm.stride", 2),
     ("lcm", "lcm.teacher_steps", 2),
     ("lcm", "lcm.towards_noise", 2.0),
+    ("lcm", "lcm.own_pictures", 0.5),
     ("lcm", "data", {"source": "others"}),
     ("unet", "caption_dropout", 0.5),
     ("unet", "strange_words", 0.5),
