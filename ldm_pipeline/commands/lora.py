@@ -30,6 +30,8 @@ from ldm_pipeline.lora.layouts.families import (
 )
 from ldm_pipeline.lora.layouts.lycoris import convolved
 from ldm_pipeline.lora.layouts.stamp import carried
+from ldm_pipeline.lora.notes import KEY as LCM
+from ldm_pipeline.lora.notes import read_note
 from ldm_pipeline.lora.weights import Header, LoraWeights
 from ldm_pipeline.models.hub import cached
 from ldm_pipeline.values import DTYPES
@@ -113,6 +115,7 @@ def merge(args: argparse.Namespace) -> None:
         print(into_checkpoint(target, loras, args.out))
         return
     family = _checked(args, headers)
+    few_steps = _few_steps(headers)
     base = _base(args.model)
 
     from ldm_pipeline.lora.deltas import without_dora
@@ -125,7 +128,29 @@ def merge(args: argparse.Namespace) -> None:
     merged = ", ".join(f"{Path(file).name}:{weight:g}" for file, weight in files)
     names = {header.texts.get(BASE) for header in headers}
     known = {BASE: names.pop()} if len(names) == 1 else {}
-    _write(args, stack(loras), family, {"modelspec.merged_from": merged, **known})
+    told = {"modelspec.merged_from": merged, **known, **few_steps}
+    _write(args, stack(loras), family, told)
+
+
+def _few_steps(headers: list[Header]) -> Mapping[str, str]:
+    """What the few-step adapters among several files say of how to be drawn with, for the file that
+    holds them all; `UserError` where they say different things."""
+    notes = {header.path: read_note(header.path) for header in headers if LCM in header.texts}
+    if not notes:
+        return {}
+    bases = {note.base for note in notes.values()}
+    first, *others = [replace(note, base=None) for note in notes.values()]
+    if any(other != first for other in others):
+        said = (
+            f"{path.name} {note.original_steps} steps spaced {note.spacing},"
+            f" timestep_scaling {note.timestep_scaling:g}"
+            for path, note in notes.items()
+        )
+        raise UserError(
+            "these few-step adapters are drawn with in different ways, and one file can say but"
+            f" one: {'; '.join(said)}"
+        )
+    return replace(first, base=bases.pop() if len(bases) == 1 else None).texts()
 
 
 def resize(args: argparse.Namespace) -> None:

@@ -182,6 +182,31 @@ def test_files_are_merged_into_a_model_and_extracted_again(
         assert torch.allclose(product(after, *place), 0.5 * product(before, *place), atol=1e-5)
 
 
+def test_merged_files_are_drawn_with_as_the_few_step_adapter_among_them(
+    ldm: Ldm, style: str, tmp_path: Path
+) -> None:
+    """What differs in the base's name alone is kept without it."""
+    for name, note in {
+        "a": LcmNote("some", 40, 5.0, "angle"),
+        "b": LcmNote("other", 40, 5.0, "angle"),
+        "c": LcmNote("some", 40, 10.0),
+    }.items():
+        save(tmp_path / f"{name}.safetensors", lora(sd1(), every=9), note.texts())
+    a, b, c = (f"{name}.safetensors" for name in "abc")
+    for files, base in ((style, a), "some"), ((a, a), "some"), ((a, b), None):
+        out = f"{len(list(tmp_path.iterdir()))}.safetensors"
+        assert ldm("merge", *files, "--out", out)[0] == 0
+        assert read_note(out) == LcmNote(base, 40, 5.0, "angle")
+    assert ldm("merge", style, style, "--out", "plain.safetensors")[0] == 0
+    assert "lcm" not in inspect("plain.safetensors").texts
+    before = sorted(tmp_path.iterdir())
+    code, out, err = ldm("merge", a, style, c, "--out", "d.safetensors")
+    assert (code, out) == (2, "")
+    assert "a.safetensors 40 steps spaced angle, timestep_scaling 5;" in err
+    assert "c.safetensors 40 steps spaced even, timestep_scaling 10" in err
+    assert sorted(tmp_path.iterdir()) == before
+
+
 def test_the_base_that_merged_files_share_is_named(ldm: Ldm, tmp_path: Path) -> None:
     """And where they differ or one of them says none, none is."""
     for name, base in (("a", "v1-5"), ("b", "v1-5"), ("c", "v1-4"), ("d", None)):
