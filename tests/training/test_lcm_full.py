@@ -79,9 +79,10 @@ def test_it_begins_as_the_teacher_and_learns_to_hear(folder: Path, model: str) -
     assert not torch.equal(weak, strong)
 
 
-def test_under_autocast_the_gradient_is_the_student_s(folder: Path) -> None:
+@pytest.mark.parametrize("own", [0.0, 0.5])
+def test_under_autocast_the_gradient_is_the_student_s(folder: Path, own: float) -> None:
     """Autocast keeps copies of weights: it must not take those that the target made."""
-    objective = built(config_of(folder))
+    objective = built(config_of(folder, own_pictures=own))
     gradients = []
     for half in (False, True):
         objective.zero_grad()

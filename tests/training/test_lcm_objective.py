@@ -245,9 +245,11 @@ def test_some_pictures_are_the_student_s_own_in_two_leaps_from_noise(folder: Pat
     assert "own" not in validated
 
 
-def test_under_autocast_the_gradient_is_the_student_s(folder: Path) -> None:
+@pytest.mark.parametrize("own", [0.0, 0.5])
+def test_under_autocast_the_gradient_is_the_student_s(folder: Path, own: float) -> None:
     """Autocast keeps copies of weights: it must not take those that the target makes for it."""
-    objective = stirred(built(config_of(folder, data={"fixed": True})))
+    told = {"lcm": {"own_pictures": own}, "data": {"fixed": True}}
+    objective = stirred(built(config_of(folder, **told)))
     batch = objective.batch(range(2))
     gradients = []
     for half in (False, True):
