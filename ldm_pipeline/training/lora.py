@@ -24,6 +24,7 @@ from ldm_pipeline.training.adapting import AdapterObjective, OpenModel
 from ldm_pipeline.training.captioned import Captioned, CaptionedSettings, Sample
 from ldm_pipeline.training.config import NonNegativeFloat, PositiveFloat, Settings
 from ldm_pipeline.training.levels import LevelSettings
+from ldm_pipeline.training.objective import Batch
 from ldm_pipeline.training.start import precision
 
 
@@ -121,24 +122,35 @@ class LoraObjective(AdapterObjective):
         weights = loss_weights(self.kind, self.schedule, group["t"], self.loss) * group["weight"]
         return {"loss": (weights.to(errors.dtype) * errors).sum(), "error": errors.sum()}
 
+    def batch(self, positions: range) -> Batch:
+        """The same, and which samples of each group the model itself is asked about, [k]; one at
+        least, as under FSDP every process calls it."""
+        batch = super().batch(positions)
+        for group in batch["groups"]:
+            if "regularises" in group:
+                asked = group["regularises"].nonzero()[:, 0]
+                group["asked"] = asked if len(asked) else torch.zeros(1, dtype=torch.long)
+        return batch
+
     @torch.no_grad()
     def _ready(self, group: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A group with what a right answer is: of regularisation the model's own (1606.09282).
-
-        The whole group is asked, as to choose from it would wait for the device.
-        """
-        if "regularises" not in group:
+        """A group with what a right answer is: of regularisation the model's own (1606.09282)."""
+        if "asked" not in group:
             return group
         z, eps, t = group["z"], group["eps"], group["t"]
         a, sig = self.schedule.coefficients(t, like=z)
-        with self._untrained():
-            own = self.conditioning.network(self.unet, self._encoded(group))(a * z + sig * eps, t)
-        torch.clear_autocast_cache()  # as `LcmObjective._target` says
         told = target(self.kind, z, eps, a, sig)
-        return {
-            **group,
-            "wanted": torch.where(group["regularises"][:, None, None, None], own, told),
+        # By number: choosing by truth would wait for the device, to know how many they are.
+        own = {
+            name: group[name].index_select(0, group["asked"]) for name in group.keys() - {"asked"}
         }
+        x = (a * z + sig * eps).index_select(0, group["asked"])
+        with self._untrained():
+            said = self.conditioning.network(self.unet, self._encoded(own))(x, own["t"])
+        torch.clear_autocast_cache()  # as `LcmObjective._target` says
+        wanted = told.index_copy(0, group["asked"], said.to(told.dtype))
+        regularises = group["regularises"][:, None, None, None]
+        return {**group, "wanted": torch.where(regularises, wanted, told)}
 
     def _errors(self, group: dict[str, Tensor]) -> Tensor:
         """The plain penalty of each sample of a group, [n]."""

@@ -23,6 +23,7 @@ from ldm_pipeline import LatentDiffusionPipeline
 from ldm_pipeline.commands.lora_info import describe
 from ldm_pipeline.data import captioned as dataset
 from ldm_pipeline.diffusion.losses import Loss, denoising_errors, loss_weights
+from ldm_pipeline.diffusion.prediction import target
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.attach import attach
 from ldm_pipeline.lora.files import inspect, load_whole
@@ -259,6 +260,13 @@ def test_regularisation_pictures_come_as_often_and_count_as_told(
     assert {f"regularisation:{i}.png" for i in range(4)} <= seen
 
 
+def calls_of(unet: Any) -> list[int]:
+    """A list that gets the batch size of each call of the UNet from now on."""
+    sizes: list[int] = []
+    unet.conv_in.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    return sizes
+
+
 @pytest.mark.parametrize("text_encoder", [False, True])
 @torch.no_grad()
 def test_what_regularises_may_be_the_model_s_own_answers(
@@ -283,7 +291,9 @@ def test_what_regularises_may_be_the_model_s_own_answers(
     pictures, answers, base = objective("pictures"), objective("answers"), opened("", torch.float32)
     (group,) = answers.batch(range(8))["groups"]
     assert set(group["regularises"].tolist()) == {True, False}
+    sizes = calls_of(answers.unet)
     from_pictures, from_answers = (o._errors(o._ready(group)) for o in (pictures, answers))
+    assert sizes == [int(group["regularises"].sum()), 8], "asked about no other picture"
     encoded = answers._encoded(group)
     a, sig = answers.schedule.coefficients(group["t"], like=group["z"])
     x = a * group["z"] + sig * group["eps"]
@@ -297,16 +307,36 @@ def test_what_regularises_may_be_the_model_s_own_answers(
 
 
 @torch.no_grad()
+def test_a_batch_without_regularisation_learns_what_its_pictures_show(
+    folder: Path, opened: Counted, tmp_path: Path
+) -> None:
+    """Whose pictures they are is chance, in a small batch: the model's answer counts for none."""
+    kept = captioned(tmp_path / "kept", [(64, 64)])
+    data = {"regularisation": str(kept), "resolution": 64, "fixed": True}
+    made = config_of(folder, data=data, loss={"regularise_to": "answers"})
+    objective = LoraObjective(made, opened)
+    batches = (objective.batch(range(i, i + 1))["groups"][0] for i in range(20))
+    group = next(group for group in batches if not group["regularises"].any())
+    ready = objective._ready(group)
+    told = target(
+        objective.kind,
+        group["z"],
+        group["eps"],
+        *objective.schedule.coefficients(group["t"], like=group["z"]),
+    )
+    assert torch.equal(ready["wanted"], told)
+
+
+@torch.no_grad()
 def test_a_validation_asks_the_model_itself_nothing(folder: Path, opened: Counted) -> None:
     """What is held out regularises nothing."""
     calls = []
     for how in ("pictures", "answers"):
         data = {"regularisation": str(folder), "fixed": True}
         objective = LoraObjective(config_of(folder, data=data, loss={"regularise_to": how}), opened)
-        count: list[int] = []
-        objective.unet.conv_in.register_forward_hook(lambda *_, count=count: count.append(1))
+        sizes = calls_of(objective.unet)
         objective.validate()
-        calls.append(len(count))
+        calls.append(len(sizes))
     assert calls[0] == calls[1] > 0
 
 
