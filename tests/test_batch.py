@@ -287,9 +287,10 @@ def test_a_model_that_was_trained_again_draws_again(
 def test_two_processes_draw_what_one_draws_and_the_rest_is_kept(
     batch: Batch, model: Path, tmp_path: Path
 ) -> None:
-    """`accelerate launch` on a CPU with 2 processes, and one process here, byte for byte."""
+    """`accelerate launch` on a CPU with 2 processes, and one process here, byte for byte. No flag
+    is taken for one of the launcher's, not even one that some of those begin with."""
     write_lines(tmp_path / "prompts.jsonl", LINES)
-    told = ["--prompts", "prompts.jsonl", "--model", str(model), "--steps", "1"]
+    told = ["--prompts", "prompts.jsonl", "--model", str(model), "--steps", "1", "--n", "1"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ACCELERATE_")}
     done = subprocess.run(

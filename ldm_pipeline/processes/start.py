@@ -33,7 +33,8 @@ def start_the_others() -> None:
     if not count and asked.config_file:
         count = load_config_from_file(asked.config_file).num_processes
     module = getattr(sys.modules["__main__"], "__spec__", None)
-    script = ["-m", module.name] if module is not None else [sys.argv[0]]
+    # After "--" torch takes no flag for an abbreviation of its own, as --n of --nnodes.
+    script = ["-m", "--", module.name] if module is not None else ["--", sys.argv[0]]
     command = [*script, *sys.argv[1:]]
     if not count:
         raise UserError(

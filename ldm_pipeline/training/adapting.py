@@ -140,22 +140,13 @@ class AdapterObjective(nn.Module, ABC):
         pipe = open_model(config.model, self._dtype())
         self.kind, self.schedule = levels_of(pipe, zero_terminal_snr)
         self.conditioning = conditioning_of(pipe)
-        share = share_of(self.ranks)
         pipe.to(self.state.device)
-        self.latents = data.latents(pipe.vae, share)
         self.unet = pipe.unet
         device = self.state.device.type
         attend_quickly(self.unet, precision(config.run.mixed_precision, device), device)
         encoders = self.conditioning.encoders
         if config.gradient_checkpointing:
             recompute(self.unet, *(encoders.values() if train_texts else ()))
-        texts = None if train_texts else data.texts()
-        self.texts: Cache | None = None
-        if texts is not None:
-            texts = [*texts, *config.pictures.prompts, config.pictures.negative]
-            self.texts = cached_texts(texts, data.cache, self.conditioning, share)
-        for part in [pipe.vae, *encoders.values()] if self.texts is not None else [pipe.vae]:
-            nn.Module.to(part, "cpu", dtype=self.unet.dtype)  # diffusers' own warns of empty lists
         models: dict[str, nn.Module] = {"unet": self.unet}
         for name, encoder in encoders.items():
             if train_texts:
@@ -168,7 +159,16 @@ class AdapterObjective(nn.Module, ABC):
         self._pipe = pipe if config.pictures.prompts else None
         self._base: list[Image] = []
         self._drawn_last: tuple[str, list[Image]] = ("", [])
-        self._make(pipe, models)
+        self._make(pipe, models)  # before anything is encoded, which takes long: it may refuse
+        share = share_of(self.ranks)
+        self.latents = data.latents(pipe.vae, share)
+        texts = None if train_texts else data.texts()
+        self.texts: Cache | None = None
+        if texts is not None:
+            texts = [*texts, *config.pictures.prompts, config.pictures.negative]
+            self.texts = cached_texts(texts, data.cache, self.conditioning, share)
+        for part in [pipe.vae, *encoders.values()] if self.texts is not None else [pipe.vae]:
+            nn.Module.to(part, "cpu", dtype=self.unet.dtype)  # diffusers' own warns of empty lists
 
     def _check_begin_from(self, place: Path) -> None:
         """Raise UserError where what is to be gone on from is not there."""

@@ -365,7 +365,10 @@ def _encoded(sample: Sample, vae: AutoencoderKL, strict: bool) -> Entry | None:
 def cached_texts(
     texts: Sequence[str], folder: Path, conditioning: Conditioning, share: Share
 ) -> Cache:
-    """What the text encoders say to every text, as the UNet is told it, under `text_key`."""
+    """What the text encoders say to every text, as the UNet is told it, under `text_key`.
+
+    Texts are encoded one by one, as pictures are: an entry that was rebuilt has the same bits.
+    """
     encoders = conditioning.encoders
     rules = [
         (each.backend_tokenizer.to_str(), each.pad_token_id, each.model_max_length)
@@ -383,9 +386,8 @@ def cached_texts(
     @in_memory("while captions were encoded")
     @torch.no_grad()
     def encode(indices: Sequence[int]) -> list[Entry]:
-        told = conditioning.encode(conditioning.tokens([texts[i] for i in indices]))
-        rows = {name: value.cpu() for name, value in told.items()}
-        return [{name: value[i] for name, value in rows.items()} for i in range(len(indices))]
+        said = (conditioning.encode(conditioning.tokens([texts[i]])) for i in indices)
+        return [{name: value[0].cpu() for name, value in told.items()} for told in said]
 
     fill(cache, [text_key(t) for t in texts], encode, share, batch_size=32, what="captions")
     return cache

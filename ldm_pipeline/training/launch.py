@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 from torch import nn
@@ -32,7 +33,8 @@ def launch(config: type[Config], objective: Callable[[Config], nn.Module]) -> No
     try:
         settings = parse(config)
         start_the_others()
-        check_writable(settings.run.out, "run.out")
+        for place, name in places(settings):
+            check_writable(place, name)
         check(settings)
         with alone_in(settings.run.out, "run.out", Ranks(launched())):
             final = fit(_built(objective, settings), settings)
@@ -52,6 +54,14 @@ def launch(config: type[Config], objective: Callable[[Config], nn.Module]) -> No
         leave()
     if launched().is_main_process:
         print(f"the trained model is in {final}")
+
+
+def places(settings: TrainingConfig) -> Iterator[tuple[Path, str]]:
+    """The folders that a run writes into, with the keys that name them."""
+    yield settings.run.out, "run.out"
+    for name, section in settings:
+        if isinstance(cache := getattr(section, "cache", None), Path):
+            yield cache, f"{name}.cache"
 
 
 def _built(objective: Callable[[Config], nn.Module], settings: Config) -> nn.Module:

@@ -10,9 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
+from ldm_pipeline import LatentDiffusionPipeline
 from ldm_pipeline.data.cache import ALONE, Cache, Share
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.training.captioned import Captioned, CaptionedSettings, cached_latents
+from ldm_pipeline.models.conditioning import conditioning_of
+from ldm_pipeline.training.captioned import (
+    Captioned,
+    CaptionedSettings,
+    cached_latents,
+    cached_texts,
+    text_key,
+)
 from tests.shares import together
 from tests.training.conftest import captioned
 
@@ -68,6 +76,25 @@ def test_what_is_encoded_in_another_precision_is_kept_apart(pictures: Path, tiny
     key = plain.samples[0].key
     assert not torch.equal(whole[key]["mean"], rounded[key]["mean"])
     assert torch.allclose(whole[key]["mean"], rounded[key]["mean"], atol=0.05)
+
+
+def test_what_else_is_encoded_decides_no_bit_of_a_text(tmp_path: Path, tiny: Any) -> None:
+    """So a damaged entry that is encoded anew is what it was, and a run goes on as if it were."""
+    pipe = LatentDiffusionPipeline(**tiny())
+    texts = [f"a {word} star" for word in ("red", "blue", "green", "tiny", "huge")]
+    folders = ([tmp_path / "together"] * 5, [tmp_path / str(i) for i in range(5)])
+    asked: list[int] = []
+    pipe.text_encoder.register_forward_pre_hook(
+        lambda _, told, named: asked.append(len(told[0] if told else named["input_ids"])),
+        with_kwargs=True,
+    )
+    cached_texts(texts, folders[0][0], conditioning_of(pipe), ALONE)
+    assert asked == [1] * 5, "matrix products of other sizes round otherwise, on many machines"
+    for text, *places in zip(texts, *folders, strict=True):
+        entries = [cached_texts([text], p, conditioning_of(pipe), ALONE) for p in places]
+        first, alone = (entry[text_key(text)] for entry in entries)
+        assert first.keys() == alone.keys() == {"embeds"}
+        assert torch.equal(first["embeds"], alone["embeds"])
 
 
 @pytest.mark.parametrize("name", ["2.png", "0.mask.png"])

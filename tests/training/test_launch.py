@@ -83,17 +83,39 @@ def run(monkeypatch: pytest.MonkeyPatch, build: type[nn.Module], *told: str) -> 
     launch(TrainingConfig, build)
 
 
+@pytest.mark.parametrize(
+    "script,key",
+    [
+        ("train_clip", "run.out"),
+        ("train_lora", "data.cache"),
+        ("train_lcm", "world.cache"),
+        ("train_unet", "data.cache"),
+    ],
+)
 def test_a_run_whose_folder_is_a_file_is_refused_at_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    script: str,
+    key: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
+    """Before any model is opened: that of train_unet is not even there."""
     (tmp_path / "taken").write_text("mine")
-    for out in ("taken", "taken/below"):
-        monkeypatch.setattr(sys, "argv", ["train_clip.py", "--run.out", str(tmp_path / out)])
+    needed = {
+        "train_lora": ["--data.source", str(tmp_path)],
+        "train_unet": ["--autoencoder", "absent", "--text", "absent"],
+    }
+    for place in ("taken", "taken/below"):
+        told = ["--run.out", str(tmp_path / "out"), f"--{key}", str(tmp_path / place)]
+        monkeypatch.setattr(sys, "argv", [f"{script}.py", *needed.get(script, []), *told])
         with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(TRAIN / "train_clip.py"), run_name="__main__")
+            runpy.run_path(str(TRAIN / f"{script}.py"), run_name="__main__")
         assert ended.value.code == 2
-        assert "is a file; choose another folder" in capsys.readouterr().err
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {key}={tmp_path / place}: ")
+        assert line.endswith("is a file; choose another folder")
     assert (tmp_path / "taken").read_text() == "mine"
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="a system without /proc")

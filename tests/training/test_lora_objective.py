@@ -666,3 +666,19 @@ def test_checkpointing_gradients_changes_no_gradient(folder: Path, opened: Count
         assert other is not None
         # What is computed twice is computed in the same order.
         assert torch.allclose(gradient, other, rtol=1e-5, atol=1e-8), name
+
+
+@pytest.mark.parametrize(
+    "lora,said",
+    [
+        ({"targets": ["nowhere"]}, "nowhere"),
+        ({"formats": ["kohya"], "overrides": {"nowhere": {"rank": 2}}}, "nowhere"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_encoded(
+    folder: Path, opened: Counted, tmp_path: Path, lora: dict[str, Any], said: str
+) -> None:
+    cache = tmp_path / "cache"
+    with pytest.raises(UserError, match=said):
+        LoraObjective(config_of(folder, lora=lora, data={"cache": str(cache)}), opened)
+    assert not cache.exists()
