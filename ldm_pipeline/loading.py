@@ -20,7 +20,7 @@ from packaging import version
 
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.models import bundled, folders
-from ldm_pipeline.models.hub import fetched_index, reaching
+from ldm_pipeline.models.hub import fetched_file, fetched_index, reaching
 from ldm_pipeline.models.original.checkpoint import SingleFile, open_single_file
 from ldm_pipeline.models.quantising import quantised
 from ldm_pipeline.models.quiet import quiet_diffusers
@@ -29,8 +29,10 @@ from ldm_pipeline.models.schedulers import scheduler_class
 from ldm_pipeline.models.trust import components
 from ldm_pipeline.stock_arguments import (
     FROM_FOLDER,
+    OF_A_DOWNLOAD,
     SETTINGS,
     check_no_code,
+    check_other_loaders,
     check_safe,
     heard,
     of_a_file,
@@ -89,6 +91,8 @@ class FolderPipeline(DiffusionPipeline):
         use_safetensors: bool | None = True,
         custom_pipeline: str | os.PathLike[str] | None = None,
         trust_remote_code: bool = False,
+        disable_mmap: bool = False,
+        **of_others: Any,
     ) -> Self:
         """The pipeline in a Diffusers folder, ours or stock, or of a hub id.
 
@@ -100,6 +104,7 @@ class FolderPipeline(DiffusionPipeline):
         for a model of another shape, for one that holds only pickled weights, and for one that
         wants to run its own code.
         """
+        check_other_loaders(cls.__name__, of_others)
         check_safe(use_safetensors)
         check_no_code(custom_pipeline, trust_remote_code)
         dtype = dtypes(dtype, torch_dtype)
@@ -147,6 +152,7 @@ class FolderPipeline(DiffusionPipeline):
                 offload_folder=offload_folder,
                 offload_state_dict=offload_state_dict,
                 low_cpu_mem_usage=low_cpu_mem_usage,
+                disable_mmap=disable_mmap,
                 use_safetensors=True,
                 **settings,
                 **given,
@@ -178,19 +184,21 @@ class FolderPipeline(DiffusionPipeline):
         tokenizer_folder: str | os.PathLike[str] | None = None,
         **parts: Any,
     ) -> Self:
-        """The pipeline in one `.safetensors` file in the original layout, without any network.
+        """The pipeline in one `.safetensors` file in the original layout, without any network but
+        for a file of the hub, which is named by its link.
 
         `parts` are used instead of the file's, by their components' names. `tokenizer_folder` has
         CLIP's vocabulary, where neither the file nor this machine has it. What else stock takes is
         let pass (see `stock_arguments.py`). Raises `UserError` for files of another kind or family,
         and where a part is missing.
         """
+        hub = {name: parts[name] for name in OF_A_DOWNLOAD if name in parts}
         parts = of_a_file(cls.__name__, parts)
         parts = heard(cls.__name__, cls._get_signature_types(), parts)
         check_path("pretrained_model_link_or_path", pretrained_model_link_or_path)
         file = Path(pretrained_model_link_or_path).expanduser()
         if not file.is_file():
-            raise UserError(f"there is no file {file}; a hub id is opened with from_pretrained")
+            file = fetched_file(str(pretrained_model_link_or_path), **hub)
         checkpoint = single_file(
             file, prediction_type=prediction_type, tokenizer=tokenizer_folder, given=parts
         )

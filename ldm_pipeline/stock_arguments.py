@@ -40,16 +40,31 @@ SETTINGS = (
 )
 """Settings of one kind of pipeline or the other, which stock pipelines of the other ignore."""
 
-OF_THE_HUB = (
-    "cache_dir",
-    "disable_mmap",
-    "force_download",
-    "local_files_only",
-    "low_cpu_mem_usage",
-    "revision",
-    "token",
-)
-"""How files are fetched and read: nothing to a file that is here."""
+OF_A_DOWNLOAD = ("cache_dir", "force_download", "local_files_only", "revision", "token")
+"""How files are fetched: nothing to a file that is here."""
+
+OF_READING = ("disable_mmap", "low_cpu_mem_usage")
+"""How stock reads them."""
+
+OF_OTHER_LOADERS = {
+    "custom_revision": "no code of others is run",
+    "dduf_file": "files in this format are not read; name a folder or a .safetensors file",
+    "load_connected_pipeline": "there is one pipeline for every task",
+    "mirror": "set HF_ENDPOINT to it",
+    "output_loading_info": "what does not fit is an error",
+    "provider": "ONNX models are not read",
+    "provider_options": "ONNX models are not read",
+    "proxies": "set HTTPS_PROXY",
+    "quantization_config": "use pipe.arrange(Memory(quantise=…))",
+    "resume_download": "downloads are always gone on with",
+    "sess_options": "ONNX models are not read",
+    "use_flashpack": "files in this format are not read",
+    "use_onnx": "ONNX models are not read",
+}
+"""What stock loads with, or did once, and ours does not: what to do instead."""
+
+NO_MISS = ("load_connected_pipeline", "resume_download")
+"""Those of them whose wish is granted anyway."""
 
 READ_FROM_THE_FILE = ("config", "original_config", "load_safety_checker")
 """What stock lets one say of a single file, and ours reads from it."""
@@ -74,12 +89,23 @@ def heard(kind: str, own: Collection[str], told: Mapping[str, Any]) -> dict[str,
     return found
 
 
+def check_other_loaders(kind: str, told: Mapping[str, Any]) -> None:
+    """Raise `UserError` for what `told` asks of a loader that ours cannot be, and `TypeError` for
+    names that stock does not know, either; what says that it is not wanted is let pass."""
+    for name, value in told.items():
+        if name not in OF_OTHER_LOADERS:
+            raise TypeError(f"{kind}.from_pretrained() got an unexpected keyword argument {name!r}")
+        if value and name not in NO_MISS:
+            why = OF_OTHER_LOADERS[name]
+            raise UserError(f"{name}={value!r:.80} is not for {kind}: {why}; leave it out")
+
+
 def of_a_file(kind: str, told: Mapping[str, Any]) -> dict[str, Any]:
     """What of `told`, passed for a single file, is more than stock's ways to fetch and read one."""
     for name in READ_FROM_THE_FILE:
         _say_unheard(kind, name, told.get(name))
     check_safe(told.get("use_safetensors"))
-    passed = (*OF_THE_HUB, *READ_FROM_THE_FILE, "use_safetensors")
+    passed = (*OF_A_DOWNLOAD, *OF_READING, *READ_FROM_THE_FILE, "use_safetensors")
     return {name: value for name, value in told.items() if name not in passed}
 
 

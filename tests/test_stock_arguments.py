@@ -6,6 +6,7 @@ folders    saved tiny pipelines, "sd" and "xl"; file   the first in one file
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import ldm_pipeline
 from ldm_pipeline import LatentDiffusionPipeline, LatentDiffusionXLPipeline
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models.original.convert import to_file
-from ldm_pipeline.stock_arguments import _say
+from ldm_pipeline.stock_arguments import OF_OTHER_LOADERS, _say
 from tests.models.original.models import pipeline
 
 KINDS: dict[str, tuple[Any, Any]] = {
@@ -28,14 +29,23 @@ KINDS: dict[str, tuple[Any, Any]] = {
 USUAL: dict[str, Any] = {
     "add_watermarker": False,
     "custom_pipeline": None,
+    "custom_revision": None,
+    "disable_mmap": False,
+    "load_connected_pipeline": True,
     "low_cpu_mem_usage": True,
+    "output_loading_info": False,
+    "proxies": None,
+    "quantization_config": None,
     "requires_safety_checker": False,
+    "resume_download": True,
     "safety_checker": None,
     "torch_dtype": torch.float32,
     "trust_remote_code": False,
+    "use_onnx": False,
     "use_safetensors": None,
 }
 """What people's scripts say, whatever the model is."""
+OF_CODE = ("custom_pipeline", "trust_remote_code")
 
 
 @pytest.fixture(scope="module")
@@ -88,8 +98,8 @@ def test_a_setting_is_heard_where_there_is_one_and_told_of_where_there_is_none(
 
 
 def test_a_single_file_takes_them_too(file: Path, said: Callable[[], list[str]]) -> None:
-    told: dict[str, Any] = {**USUAL, "local_files_only": True, "token": None, "cache_dir": "x"}
-    del told["custom_pipeline"], told["trust_remote_code"]
+    told: dict[str, Any] = {"local_files_only": True, "token": None, "cache_dir": "x"}
+    told |= {k: v for k, v in USUAL.items() if k not in (*OF_OTHER_LOADERS, *OF_CODE)}
     opened = LatentDiffusionPipeline.from_single_file(file, **told)
     again = LatentDiffusionPipeline.from_single_file(file, config="a/b", use_safetensors=True)
     assert all(map(torch.equal, opened.unet.parameters(), again.unet.parameters()))
@@ -98,6 +108,59 @@ def test_a_single_file_takes_them_too(file: Path, said: Callable[[], list[str]])
         LatentDiffusionPipeline.from_single_file(file, use_safetensors=False)
     with pytest.raises(UserError, match="has no use_safetensor; leave it out"):
         LatentDiffusionPipeline.from_single_file(file, use_safetensor=True)
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"output_loading_info": True},
+        {"proxies": {"https": "somewhere"}},
+        {"quantization_config": object()},
+        {"use_onnx": True},
+    ],
+)
+def test_what_ours_cannot_do_is_refused_with_the_way_that_there_is(
+    told: dict[str, Any], folders: dict[str, Path]
+) -> None:
+    (name,) = told
+    with pytest.raises(UserError, match=rf"{name}=.* is not for LatentDiffusionPipeline: \w+"):
+        LatentDiffusionPipeline.from_pretrained(folders["sd"], **told)
+
+
+def test_a_single_file_of_the_hub_is_named_by_its_link(file: Path, tmp_path: Path) -> None:
+    """Found where huggingface_hub keeps it, so nothing is fetched here."""
+    repository = tmp_path / "models--somebody--model"
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    for revision in ("main", "old"):
+        (repository / "refs" / revision).write_text("a" * 40)
+    (snapshot / "a.safetensors").symlink_to(file)
+    told: dict[str, Any] = {"cache_dir": tmp_path, "local_files_only": True, "revision": None}
+    here = LatentDiffusionPipeline.from_single_file(file)
+    for end in ("blob/main/a.safetensors", "resolve/old/a.safetensors?download=true"):
+        link = f"https://huggingface.co/somebody/model/{end}"
+        opened = LatentDiffusionPipeline.from_single_file(link, **told)
+        assert all(map(torch.equal, opened.unet.parameters(), here.unet.parameters()))
+    with pytest.raises(UserError, match="could not be fetched"):
+        LatentDiffusionPipeline.from_single_file(
+            "https://huggingface.co/somebody/model/blob/main/b.safetensors", **told
+        )
+
+
+@pytest.mark.parametrize(
+    "link",
+    [
+        "https://elsewhere.org/somebody/model/blob/main/a.safetensors",
+        "https://huggingface.co/somebody/model/blob/main/a.ckpt",
+        "https://huggingface.co/somebody/model/blob/main/../a.safetensors",
+        "https://huggingface.co/somebody/model",
+        "somebody/model/a.safetensors",
+    ],
+)
+def test_links_to_elsewhere_and_to_other_files_are_refused(link: str) -> None:
+    with pytest.raises(UserError, match=f"^there is no file {re.escape(link)}; name a .safe"):
+        LatentDiffusionPipeline.from_single_file(link)
 
 
 def test_misspelt_ones_and_code_of_others_are_refused(folders: dict[str, Path]) -> None:

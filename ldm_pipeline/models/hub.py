@@ -3,6 +3,7 @@ HF_HUB_OFFLINE forbids it. Nothing heavy is imported for them."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,12 @@ from typing import Any
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import folders
 from ldm_pipeline.models.trust import SAFE
+
+LINK = re.compile(
+    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>[^/?#]+/[^/?#]+)/(?:blob|resolve)"
+    r"/(?P<revision>[^/?#]+)/(?P<file>[^?#]+\.safetensors)(?:\?download=true)?"
+)
+"""How a browser names a file of the hub."""
 
 
 def fetched(hub_id: str, name: str, **told: Any) -> Path:
@@ -43,6 +50,20 @@ def fetched_index(hub_id: str, **told: Any) -> dict[str, Any]:
     if hub_id.endswith(SAFE):
         raise UserError(f"there is no file {hub_id}")
     return folders.index(fetched(hub_id, folders.INDEX, **told).parent)
+
+
+def fetched_file(link: str, **told: Any) -> Path:
+    """The safetensors file of a hub model that a link names, on this machine; `told` is what
+    `hf_hub_download` takes. Raises `UserError` for other names and for links to elsewhere."""
+    named = LINK.fullmatch(link)
+    if named is None or ".." in link.split("/"):
+        raise UserError(
+            f"there is no file {link}; name a .safetensors file on this machine, or one of the hub"
+            " by its link (https://huggingface.co/owner/name/blob/main/file.safetensors); a hub id"
+            " is opened with from_pretrained"
+        )
+    revision = told.get("revision") or named["revision"]
+    return fetched(named["id"], named["file"], **{**told, "revision": revision})
 
 
 @contextmanager
