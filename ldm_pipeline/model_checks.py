@@ -42,6 +42,7 @@ class ModelChecks(Drawing):
         for name, purpose in needed.items():
             if getattr(self, name) is None:
                 raise UserError(f"this pipeline has no {name} to {purpose}")
+        self._check_family()
         for name in ("tokenizer", "tokenizer_2"):
             text.check_length(getattr(self, name, None))
         self._check_words(request)
@@ -49,6 +50,17 @@ class ModelChecks(Drawing):
         choose("prediction_type", self._prediction_type, PREDICTION_TYPES)
         self._check_channels(request)
         self._check_image_prompt(request)
+
+    def _check_family(self) -> None:
+        """Raise `UserError` for a UNet that is told other things than this pipeline has to tell."""
+        xl = self.unet.config.addition_embed_type == "text_time"
+        if xl == ("text_encoder_2" in self.components):
+            return
+        own = "LatentDiffusionXLPipeline" if xl else "LatentDiffusionPipeline"
+        raise UserError(
+            f"this UNet is {'' if xl else 'not '}SDXL's; open the model with ldm_pipeline.load, or"
+            f" use {own}"
+        )
 
     def _check_tensors(self, request: Request) -> None:
         """Raise `UserError` for tensors that are none, hold what is not finite, or say to the UNet

@@ -190,7 +190,8 @@ class LatentDiffusionPipeline(
                             known for this model: the bundled model's own, or the published LCM-LoRA
                             of Stable Diffusion 1.x and SDXL (from the hub or its cache); a full LCM
                             (whose UNet takes the guidance) needs none
-        weighted            prompts may be of any length and hold (word:1.3), [word] and BREAK
+        weighted            prompts may be of any length and hold (word:1.3), [word] and BREAK;
+                            they are filled up to the longest one's chunks of 77 tokens
         exact_steps         with an image, run all steps and not only the share `strength` of them
         keep_unmasked       leave pixels outside the mask as they are, to the last of their bits
 

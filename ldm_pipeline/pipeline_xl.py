@@ -400,12 +400,6 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
         each = self.unet.config.addition_time_embed_dim
         return room is not None and each is not None and bool(room - pooled == 5 * each)
 
-    def _check_components(self, request: Request) -> None:
-        """Raise `UserError` for what this pipeline's components cannot draw."""
-        super()._check_components(request)
-        if self.unet.config.addition_embed_type != "text_time":
-            raise UserError("this UNet is not SDXL's; open the model with ldm_pipeline.load")
-
     def _read_channels(self, name: str) -> Sequence[int] | None:
         """The widths of which the embeddings `name` may be; None where that is not told.
 

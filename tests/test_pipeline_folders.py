@@ -14,9 +14,10 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 
 import ldm_pipeline
-from ldm_pipeline import LatentDiffusionPipeline
+from ldm_pipeline import LatentDiffusionPipeline, LatentDiffusionXLPipeline
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import bundled, folders
+from tests.models.original.models import pipeline
 
 
 def picture(pipe: Any) -> torch.Tensor:
@@ -91,6 +92,16 @@ def test_from_pipe_both_ways(ours: Any, stock: Any) -> None:
     assert torch.equal(picture(back), expected)
     img2img = StableDiffusionImg2ImgPipeline.from_pipe(ours)
     assert img2img.unet is ours.unet
+
+
+@pytest.mark.parametrize("kind", ["sd1", "sdxl"])
+def test_a_pipeline_over_the_parts_of_another_family_does_not_draw(kind: str) -> None:
+    classes: dict[str, Any] = {"sd1": LatentDiffusionPipeline, "sdxl": LatentDiffusionXLPipeline}
+    pipe = pipeline(kind)
+    of_kind = classes.pop(kind)
+    (of_other,) = classes.values()
+    with pytest.raises(UserError, match=f"SDXL's; .* or use {of_kind.__name__}$"):
+        of_other.from_pipe(pipe)("a star", height=32, width=32, num_inference_steps=1)
 
 
 def test_what_is_no_pipeline_folder_or_component(ours: Any, saved: Path, tmp_path: Path) -> None:

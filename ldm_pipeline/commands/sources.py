@@ -21,6 +21,7 @@ from ldm_pipeline.models.original.checkpoint import check_name
 from ldm_pipeline.models.original.configs import GUIDED
 from ldm_pipeline.models.original.families import UNET, family_of
 from ldm_pipeline.models.trust import SAFE, read_json
+from ldm_pipeline.values import check_path
 
 if TYPE_CHECKING:
     from ldm_pipeline.pipeline import LatentDiffusionPipeline
@@ -55,6 +56,7 @@ def find(name: str) -> Source:
     """
     if name == BUNDLED:
         return Source(name, bundled.folder())
+    check_path("--model", name)
     folder = Path(name).expanduser()
     if folder.is_dir():
         folders.index(folder)

@@ -38,6 +38,9 @@ NO_ENCODER = "this pipeline has no text encoder; pass prompt_embeds instead of p
 LONGEST = 10**6
 """Tokens; transformers gives tokenizers that do not say how many are read an astronomic number."""
 
+MOST_NAMED = 300
+"""Letters of a text that was cut off which a warning names."""
+
 _tokenising = threading.RLock()
 _scaling = threading.RLock()
 
@@ -68,12 +71,18 @@ def tokenise(
                 whole = tokenizer(texts).input_ids
             unread = [ids[limit - 1 : -1] for ids in whole if len(ids) > limit]
             if unread:
+                words = [_begun(each) for each in tokenizer.batch_decode(unread)]
                 logger.warning(
                     "CLIP reads at most %d tokens; this part of the prompt was cut off: %s",
                     limit,
-                    tokenizer.batch_decode(unread),
+                    words,
                 )
     return tokens
+
+
+def _begun(words: str) -> str:
+    """Words as a warning names them: not all of a book."""
+    return words if len(words) <= MOST_NAMED else f"{words[:MOST_NAMED]}…"
 
 
 def encode(

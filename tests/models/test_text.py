@@ -37,6 +37,11 @@ def test_the_text_that_is_cut_off_is_named(
     (message,) = caplog.messages
     assert "at most 77 tokens" in message
     assert "['blue blue']" in message
+    caplog.clear()
+    text.tokenise(words[0], ["red " * 75 + "blue " * 9999])
+    (message,) = caplog.messages
+    assert "'blue blue blue" in message
+    assert len(message) < 500, "not a whole book"
 
 
 def test_texts_are_converted_first(words: tuple[Any, Any]) -> None:

@@ -155,14 +155,16 @@ def _files(
     for component, make in makers.items():
         prefix = family.prefix(component)
         own = {key.removeprefix(prefix): s for key, s in shapes.items() if key.startswith(prefix)}
-        if component in given and not own:
-            continue
+        whole = f"take a file of the whole model, or give from_single_file {component}=…"
+        if not own:
+            if component in given:
+                continue
+            raise UserError(f"{file} holds no {component}; {whole}")
         try:
             found[f"{component}/config.json"] = make(own)
         except (KeyError, ValueError, IndexError) as error:
             raise UserError(
-                f"{file} holds no whole {component} ({error} is missing); take a file of the whole"
-                f" model, or pass {component}=…"
+                f"{file} holds no whole {component} ({error} is missing); {whole}"
             ) from None
     zero = MARKS[1] in shapes
     found["scheduler/scheduler_config.json"] = configs.scheduler_config(family, prediction, zero)

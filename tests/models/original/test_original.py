@@ -252,7 +252,7 @@ def test_components_may_be_brought(made: Made) -> None:
     tensors = {k: v for k, v in load_file(file).items() if not k.startswith("first_stage")}
     bare = file.with_stem("no-vae")
     save_file(tensors, bare)
-    with pytest.raises(UserError, match=r"no whole vae .* pass vae="):
+    with pytest.raises(UserError, match=r"holds no vae; take .* or give from_single_file vae="):
         ldm_pipeline.load(bare, tokenizer=folder)
     brought = ldm_pipeline.LatentDiffusionPipeline.from_single_file(
         bare, vae=pipe.vae, tokenizer=pipe.tokenizer
