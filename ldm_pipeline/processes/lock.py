@@ -30,12 +30,19 @@ log = logging.getLogger(__name__)
 NAME = ".lock"
 
 
+def check_folder(folder: Path, name: str) -> Path:
+    """The part of the path `folder` that is there; `UserError` where it is a file."""
+    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    if not place.is_dir():
+        raise UserError(f"{name}={folder}: {place} is a file; choose another folder")
+    return place
+
+
 def check_writable(folder: Path, name: str) -> None:
     """Raise UserError where a run could not write its folder; nothing is written to find out."""
-    place = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        why = "cannot be written to" if place.is_dir() else "is a file"
-        raise UserError(f"{name}={folder}: {place} {why}; choose another folder")
+    place = check_folder(folder, name)
+    if not os.access(place, os.W_OK):
+        raise UserError(f"{name}={folder}: {place} cannot be written to; choose another folder")
 
 
 @contextmanager

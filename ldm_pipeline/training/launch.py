@@ -16,7 +16,7 @@ from torch import nn
 
 from ldm_pipeline.data.writing import in_one_line
 from ldm_pipeline.errors import UserError
-from ldm_pipeline.processes.lock import alone_in, check_writable
+from ldm_pipeline.processes.lock import alone_in, check_folder, check_writable
 from ldm_pipeline.processes.ranks import Ranks, launched, leave
 from ldm_pipeline.processes.start import start_the_others
 from ldm_pipeline.too_large import in_memory
@@ -33,8 +33,9 @@ def launch(config: type[Config], objective: Callable[[Config], nn.Module]) -> No
     try:
         settings = parse(config)
         start_the_others()
-        for place, name in places(settings):
-            check_writable(place, name)
+        check_writable(settings.run.out, "run.out")
+        for place, name in caches(settings):
+            check_folder(place, name)
         check(settings)
         with alone_in(settings.run.out, "run.out", Ranks(launched())):
             final = fit(_built(objective, settings), settings)
@@ -56,9 +57,8 @@ def launch(config: type[Config], objective: Callable[[Config], nn.Module]) -> No
         print(f"the trained model is in {final}")
 
 
-def places(settings: TrainingConfig) -> Iterator[tuple[Path, str]]:
-    """The folders that a run writes into, with the keys that name them."""
-    yield settings.run.out, "run.out"
+def caches(settings: TrainingConfig) -> Iterator[tuple[Path, str]]:
+    """The caches that a run reads, and writes where something is missing, with their keys."""
     for name, section in settings:
         if isinstance(cache := getattr(section, "cache", None), Path):
             yield cache, f"{name}.cache"

@@ -20,6 +20,7 @@ from ldm_pipeline.data.cache import Cache, Entry, fill
 from ldm_pipeline.training import checkpoint, engine
 from ldm_pipeline.training.config import TrainingConfig
 from ldm_pipeline.training.launch import launch
+from ldm_pipeline.training.world_data import CachedWorldSettings
 from tests.training.toy import Toy
 
 TRAIN = Path(__file__).parents[2] / "train"
@@ -116,6 +117,25 @@ def test_a_run_whose_folder_is_a_file_is_refused_at_once(
         assert line.endswith("is a file; choose another folder")
     assert (tmp_path / "taken").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["taken"]
+
+
+class Cached(TrainingConfig):
+    """What a run with a cache is told."""
+
+    data: CachedWorldSettings = CachedWorldSettings()
+
+
+def test_a_cache_that_is_full_need_not_be_writable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may be another's, or on a disk that is only read."""
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(os, "access", lambda place, how: Path(place).name != "cache")
+    told = [f"--data.cache={tmp_path / 'cache'}", f"--run.out={tmp_path / 'out'}"]
+    steps = ["--run.steps=3", "--run.batch_size=4", "--run.workers=0"]
+    monkeypatch.setattr(sys, "argv", ["toy", *steps, *told])
+    launch(Cached, Toy)
+    assert (tmp_path / "out" / "final").is_dir()
 
 
 @pytest.mark.skipif(not Path("/proc/self").exists(), reason="a system without /proc")
