@@ -93,7 +93,7 @@ REFUSED = {
     "generate x --dtype fp16": "--dtype",
     "generate x --model ./nowhere": "nowhere",
     "generate x --model some/hub-id": "HF_HUB_OFFLINE",
-    "generate x --model=": "--model='' must be a name or a path",
+    "generate x --model=": "model='' must be a name or a path",
     "generate x --model no/where.safetensors": "there is no file no/where.safetensors",
     "generate x --model .": "model_index.json",
     "generate x --model words.txt": "is a file",

@@ -133,12 +133,18 @@ def test_a_single_file_of_the_hub_is_named_by_its_link(file: Path, tmp_path: Pat
     snapshot = repository / "snapshots" / ("a" * 40)
     snapshot.mkdir(parents=True)
     (repository / "refs").mkdir()
-    for revision in ("main", "old"):
+    for revision in ("main", "old", "refs/pr/1"):
+        (repository / "refs" / revision).parent.mkdir(parents=True, exist_ok=True)
         (repository / "refs" / revision).write_text("a" * 40)
-    (snapshot / "a.safetensors").symlink_to(file)
+    for name in ("a.safetensors", "a b.safetensors"):
+        (snapshot / name).symlink_to(file)
     told: dict[str, Any] = {"cache_dir": tmp_path, "local_files_only": True, "revision": None}
     here = LatentDiffusionPipeline.from_single_file(file)
-    for end in ("blob/main/a.safetensors", "resolve/old/a.safetensors?download=true"):
+    for end in (
+        "blob/main/a.safetensors",
+        "resolve/old/a.safetensors?download=true",
+        "blob/refs%2Fpr%2F1/a%20b.safetensors",
+    ):
         link = f"https://huggingface.co/somebody/model/{end}"
         opened = LatentDiffusionPipeline.from_single_file(link, **told)
         assert all(map(torch.equal, opened.unet.parameters(), here.unet.parameters()))
@@ -154,6 +160,8 @@ def test_a_single_file_of_the_hub_is_named_by_its_link(file: Path, tmp_path: Pat
         "https://elsewhere.org/somebody/model/blob/main/a.safetensors",
         "https://huggingface.co/somebody/model/blob/main/a.ckpt",
         "https://huggingface.co/somebody/model/blob/main/../a.safetensors",
+        "https://huggingface.co/somebody/model/blob/main/%2e%2e/a.safetensors",
+        "https://huggingface.co/somebody/model/blob/..%2Fmain/a.safetensors",
         "https://huggingface.co/somebody/model",
         "somebody/model/a.safetensors",
     ],

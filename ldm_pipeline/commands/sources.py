@@ -56,7 +56,7 @@ def find(name: str) -> Source:
     """
     if name == BUNDLED:
         return Source(name, bundled.folder())
-    check_path("--model", name)
+    check_path("model", name)
     folder = Path(name).expanduser()
     if folder.is_dir():
         folders.index(folder)

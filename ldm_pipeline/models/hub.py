@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import folders
@@ -56,14 +57,14 @@ def fetched_file(link: str, **told: Any) -> Path:
     """The safetensors file of a hub model that a link names, on this machine; `told` is what
     `hf_hub_download` takes. Raises `UserError` for other names and for links to elsewhere."""
     named = LINK.fullmatch(link)
-    if named is None or ".." in link.split("/"):
+    revision, name = map(unquote, named.group("revision", "file")) if named else ("", "")
+    if named is None or ".." in re.split(r"[/\\]", f"{revision}/{name}"):
         raise UserError(
             f"there is no file {link}; name a .safetensors file on this machine, or one of the hub"
             " by its link (https://huggingface.co/owner/name/blob/main/file.safetensors); a hub id"
             " is opened with from_pretrained"
         )
-    revision = told.get("revision") or named["revision"]
-    return fetched(named["id"], named["file"], **{**told, "revision": revision})
+    return fetched(named["id"], name, **{**told, "revision": told.get("revision") or revision})
 
 
 @contextmanager

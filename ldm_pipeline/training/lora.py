@@ -126,9 +126,9 @@ class LoraObjective(AdapterObjective):
         """The same, and which samples of each group the model itself is asked about, [k]; one at
         least, as under FSDP every process calls it."""
         batch = super().batch(positions)
-        for group in batch["groups"]:
+        for group, n in zip(batch["groups"], batch["counts"], strict=True):
             if "regularises" in group:
-                asked = group["regularises"].nonzero()[:, 0]
+                asked = group["regularises"][:n].nonzero()[:, 0]
                 group["asked"] = asked if len(asked) else torch.zeros(1, dtype=torch.long)
         return batch
 
