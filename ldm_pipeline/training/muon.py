@@ -3,6 +3,7 @@
 Legend
     m        momentum of a matrix; a filter [out, in, k, k] counts as the matrix [out, in k k]
     u v'     m = u s v' is its singular value decomposition; the update is u v' (nearly)
+    open     a 0-d tensor, 1.0 where an update counts; 0.0 where it is left out, on the device
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ class Muon(torch.optim.Optimizer):
     """Muon for matrices and filters, AdamW for all else (K. Jordan 2024; scaling of 2502.16982).
 
     `tables` are the ids of matrices that are none: embeddings, whose rows are used one by one.
+    An update while `found_inf`, a 0-d tensor, is 1 changes nothing, whatever the gradients are; the
+    host does not wait to know (the attribute is that of torch's fused optimisers).
     """
+
+    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -45,44 +50,55 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure
         """One update of all parameters; those without a gradient stay."""
         for group in self.param_groups:
+            counts = self._open(group["params"][0].device)
             matrices: dict[torch.Size, list[tuple[Tensor, Tensor]]] = defaultdict(list)
             for p in group["params"]:
                 if p.grad is None:
                     continue
+                grad = torch.where(counts > 0, p.grad, 0.0)  # times zero, nan would stay
                 if p.ndim > 1 and id(p) not in self._tables:
-                    matrices[p.shape].append((p, p.grad))
+                    matrices[p.shape].append((p, grad))
                 else:
-                    self._adam(p, p.grad, group)
+                    self._adam(p, grad, group, counts)
             for alike in matrices.values():
-                self._muon(alike, group)
+                self._muon(alike, group, counts)
 
-    def _muon(self, alike: list[tuple[Tensor, Tensor]], group: dict[str, Any]) -> None:
+    def _open(self, device: torch.device) -> Tensor:
+        """Whether this update counts, see the legend."""
+        if self.found_inf is None:
+            return torch.ones((), device=device)
+        return 1.0 - self.found_inf
+
+    def _muon(
+        self, alike: list[tuple[Tensor, Tensor]], group: dict[str, Any], counts: Tensor
+    ) -> None:
         """Update parameters of one shape, each with its gradient, together."""
+        kept = torch.where(counts > 0, group["momentum"], 1.0)
         moved = []
         for p, grad in alike:
             state = self.state[p]
             if not state:
                 state["momentum"] = torch.zeros_like(p)
-            m = state["momentum"].mul_(group["momentum"]).add_(grad)
+            m = state["momentum"].mul_(kept).add_(grad)
             moved.append(grad.add(m, alpha=group["momentum"]).flatten(1))  # Nesterov's
         updates = orthogonal(torch.stack(moved))
-        rate = group["lr"] * RMS * max(updates.shape[-2:]) ** 0.5
+        rate = counts * (group["lr"] * RMS * max(updates.shape[-2:]) ** 0.5)
         for (p, _), update in zip(alike, updates, strict=True):
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.add_(update.view_as(p), alpha=-rate)
+            p.mul_(1 - counts * (group["lr"] * group["weight_decay"]))
+            p.addcmul_(update.view_as(p), rate, value=-1)
 
-    def _adam(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _adam(self, p: Tensor, grad: Tensor, group: dict[str, Any], counts: Tensor) -> None:
         """Adam (1412.6980, algorithm 1) with decoupled weight decay (1711.05101)."""
         state = self.state[p]
         if "step" not in state:
             state.update(step=0, exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
-        state["step"] += 1
-        (b1, b2), k = group["betas"], state["step"]
-        state["exp_avg"].lerp_(grad, 1 - b1)
-        state["exp_avg_sq"].lerp_(grad.square(), 1 - b2)
+        state["step"] = k = state["step"] + counts
+        b1, b2 = group["betas"]
+        state["exp_avg"].lerp_(grad, counts * (1 - b1))
+        state["exp_avg_sq"].lerp_(grad.square(), counts * (1 - b2))
         spread = (state["exp_avg_sq"] / (1 - b2**k)).sqrt_().add_(group["eps"])
-        p.mul_(1 - group["lr"] * group["weight_decay"])
-        p.addcdiv_(state["exp_avg"], spread, value=-group["lr"] / (1 - b1**k))
+        p.mul_(1 - counts * (group["lr"] * group["weight_decay"]))
+        p.addcdiv_(state["exp_avg"] * counts / (1 - b1**k), spread, value=-group["lr"])
 
 
 def orthogonal(m: Tensor, steps: int = 5) -> Tensor:

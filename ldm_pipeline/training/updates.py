@@ -148,7 +148,7 @@ def restore_optimiser(
 def skips_on_the_device(optimiser: Any) -> bool:
     """Whether an optimiser can leave a step out by itself; see `leave_out`."""
     inner = getattr(optimiser, "optimizer", optimiser)  # accelerate's wrapper holds torch's
-    return isinstance(inner, torch.optim.AdamW)
+    return isinstance(inner, (torch.optim.AdamW, Muon))
 
 
 class Gradients:

@@ -507,13 +507,14 @@ def test_under_a_scaler_what_is_not_finite_is_found_in_its_step(
     assert_same(before, {n: toy.get_parameter(n).detach() for n in TRAINED})
 
 
-def test_a_closed_guard_leaves_everything_as_it_was() -> None:
+@pytest.mark.parametrize(("kind", "moments"), [("adamw", 6), ("muon", 4)])
+def test_a_closed_guard_leaves_everything_as_it_was(kind: str, moments: int) -> None:
     """Weights, moments, the count of steps and the moving average; it opens no more by itself."""
     layer = nn.Linear(3, 2)
     trained = dict(layer.named_parameters())
     gradients, guard = Gradients(trained), Guard(torch.device("cpu"))
     optimiser, average = (
-        build_optimiser(trained, OptimiserSettings()),
+        build_optimiser(trained, OptimiserSettings.model_validate({"kind": kind})),
         MovingAverage(trained, 0.9),
     )
 
@@ -530,7 +531,7 @@ def test_a_closed_guard_leaves_everything_as_it_was() -> None:
         average.update(step + 1, guard.closed)
         states.append(state())
     assert guard.first_bad() == 1
-    assert len(states[0]) == 2 + 2 + 6
+    assert len(states[0]) == 2 + 2 + moments
     for later in states[1:]:
         assert all(torch.equal(a, b) for a, b in zip(states[0], later, strict=True))
 

@@ -101,6 +101,7 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
         test_lora_objective,
         {"loss": {"weighting": "min_snr", "huber": 0.1, "offset_noise": 0.1}},
     ),
+    "LoRA by Muon": (test_lora_objective, {"optimiser": {"kind": "muon"}}),
     "DoRA": (test_lora_objective, {"lora": {"dora": True}}),
     "LCM": (test_lcm_objective, {}),
     "LCM by Heun, of an average": (
@@ -126,10 +127,12 @@ def test_no_step_waits_for_the_device(case: str, waits: list[Counter[str]], tmp_
 
 
 def test_what_waits_is_seen(waits: list[Counter[str]], tmp_path: Path) -> None:
-    """An optimiser that cannot leave a step out by itself waits once in each."""
+    """An optimiser that cannot leave a step out by itself waits in each."""
     folder = captioned(tmp_path / "pictures", test_lora_objective.SIZES)
     config = test_lora_objective.config_of(
-        folder, run={"steps": 2, "log_every": 2, "log_with": "none"}, optimiser={"kind": "muon"}
+        folder,
+        run={"steps": 2, "log_every": 2, "log_with": "none"},
+        optimiser={"kind": "adafactor"},
     )
     fit(LoraObjective(config, open_model), config)
-    assert [sum(step.values()) for step in waits] == [1, 1]
+    assert [bool(step) for step in waits] == [True, True]
