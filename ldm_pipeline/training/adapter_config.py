@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -54,6 +54,11 @@ class AdapterSettings(Settings):
             return values
         return {**values, "alpha": float(rank)}
 
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        self.settings()
+        return self
+
     def settings(self) -> LoraSettings:
         """The same as `lora` takes it."""
         targets = self.targets if isinstance(self.targets, str) else list(self.targets)
@@ -81,8 +86,3 @@ class AdapterConfig(TrainingConfig):
     def kept_on_resume(self) -> Collection[str]:
         """An adapter is a difference from one model."""
         return ("model",)
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> AdapterConfig:
-        self.lora.settings()
-        return self

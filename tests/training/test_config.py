@@ -207,6 +207,10 @@ def test_mistakes_in_a_file(case: str, tmp_path: Path) -> None:
 IN_AN_ADAPTER_S = {
     "a text for a list": (["--pictures.prompts", "a cat"], "prompts='a cat': must be a list, as"),
     "one of two types": (["--lora.targets", "3"], "lora.targets=3: must be a text or a list, as"),
+    "a misspelt set": (
+        ["--config", str(CONFIGS / "lora_tiny.yaml"), "--lora.targets", "atention"],
+        "lora_tiny.yaml with the command line: lora: targets='atention' is not known",
+    ),
     "what is in a list": (["--lora.targets", "[3]"], "lora.targets=3: must be a text"),
     "near one in a list": (["--lora.formats", "[kohyya]"], "did you mean 'kohya'?"),
     "below a pattern": (["--lora.overrides", "{q: {rnk: 3}}"], "did you mean 'rank'?"),
