@@ -56,7 +56,7 @@ ALLOWED = {
     "training": {"lora", "models", "data", "diffusion", "processes", *SHARED},
     "processes": {"errors"},
     "batch": {"cli", "commands", "processes", *FILES, *SHARED},
-    "commands": {"evaluation", "data", "lora", "models", "pipeline", *FILES, *SHARED},
+    "commands": {"evaluation", "data", "lora", "models", "pipeline", "training", *FILES, *SHARED},
     "cli": {"commands", *SHARED},
     "metadata": SHARED,
     "picture_files": {"metadata", *SHARED},

@@ -132,6 +132,8 @@ REFUSED = {
     "dataset check . --resolution 500": "--resolution=500",
     "dataset check . --bucket-step 12": "--bucket-step=12",
     "dataset check . --tokenizer nowhere": "--tokenizer=nowhere",
+    "dataset check . --model nowhere": "no model folder nowhere",
+    "dataset check . --resolution 100 --fixed": "--resolution=100",
     "evaluate --prompts 0": "--prompts=0",
     "evaluate --prompts 99999999999999": "--prompts=99999999999999 must be from 1 to 100000",
     "evaluate --seed 9223372036854775800": "--seed=9223372036854775800 is too large",
@@ -586,6 +588,25 @@ def test_dataset_check_reports_and_its_exit_code_tells_errors(ldm: Ldm, tmp_path
     assert "error: new/000003.png: is empty" in out
 
 
+def test_dataset_check_tells_what_training_takes(ldm: Ldm, model: Path) -> None:
+    """More for larger batches; of Stable Diffusion 1.x unless a model is named."""
+    ldm("dataset", "world", "--out", "new", "--n", "3")
+    check = ("dataset", "check", "new", "--resolution", "128", "--fixed")
+
+    def lines(*flags: str) -> dict[str, str]:
+        code, out, _ = ldm(*check, *flags)
+        assert code == 0
+        return dict(line.split(maxsplit=1) for line in out.splitlines() if line[:1].islower())
+
+    usual, more, own = lines(), lines("--batch-size", "8"), lines("--model", str(model))
+    memory = r"about ([\d.]+ [kMG]B) in a step of a LoRA in (float32|bf16), [\d.]+ [kMG]B with"
+    found = [re.match(memory, said["memory"]) for said in (usual, more, own)]
+    assert all(found)
+    assert len({match[1] for match in found if match}) == 3
+    assert usual["cache"].endswith("Stable Diffusion 1.x")
+    assert own["cache"].endswith(str(model))
+
+
 def test_dataset_check_counts_tokens_with_a_tokenizer(ldm: Ldm, model: Path) -> None:
     ldm("dataset", "world", "--out", "new", "--n", "2")
     Path("new/metadata.jsonl").write_text(
@@ -594,9 +615,10 @@ def test_dataset_check_counts_tokens_with_a_tokenizer(ldm: Ldm, model: Path) -> 
     )
     check = ("dataset", "check", "new", "--resolution", "128", "--strict")
     assert ldm(*check)[0] == 0
-    code, out, _ = ldm(*check, "--tokenizer", str(model / "tokenizer"))
-    assert code == 1
-    assert "more than 77 tokens" in out
+    for flags in (("--tokenizer", str(model / "tokenizer")), ("--model", str(model))):
+        code, out, _ = ldm(*check, *flags)
+        assert code == 1
+        assert "more than 77 tokens" in out
     code, _, err = ldm(*check, "--tokenizer", ".")
     assert (code, err.count("\n")) == (2, 1)
     assert "--tokenizer=." in err

@@ -8,14 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from ldm_pipeline.commands.dataset_check import at_least, check_dataset
 from ldm_pipeline.commands.kinds import REQUIRED, Kind, declare, run_kind
 from ldm_pipeline.commands.outputs import check_folder
-from ldm_pipeline.errors import UserError, choose
+from ldm_pipeline.errors import choose
 
 PURPOSE = "write a dataset of captioned pictures, or check one"
 
@@ -31,10 +31,12 @@ FLAGS: dict[str, dict[str, Any]] = {
     "resolution": {"type": int, "help": "pixels; buckets have at most its square"},
     "bucket-step": {"type": int, "help": "sides of buckets are multiples of it"},
     "batch-size": {"type": int, "help": "pictures in a step"},
+    "fixed": {"action": "store_true", "help": "one square size for all pictures"},
     "upscale": {"action": "store_true", "help": "enlarge pictures that are too small"},
     "alpha-masks": {"action": "store_true", "help": "masks are the pictures' alpha channels"},
     "caption-key": {"metavar": "NAME", "help": "where the captions of records are"},
     "tokenizer": {"type": Path, "metavar": "DIR", "help": "count tokens with this CLIP tokenizer"},
+    "model": {"metavar": "MODEL", "help": "what will be trained: bundled, a folder or a hub id"},
     "strict": {"action": "store_true", "help": "a warning is as bad as an error"},
 }
 
@@ -69,58 +71,9 @@ def write_concept(args: argparse.Namespace) -> None:
     _write(args, lambda: concepts.write_concept(args.out, args.name, args.n, args.seed))
 
 
-def check_dataset(args: argparse.Namespace) -> None:
-    """Print the report on stdout; leaves with exit code 1 where it found errors."""
-    from ldm_pipeline.data.buckets import aspect_buckets
-
-    _at_least(args, "batch_size", 1)
-    with _in_flags():
-        buckets = aspect_buckets(args.resolution, args.bucket_step, upscale=args.upscale)
-    if args.tokenizer is not None:
-        _check_tokenizer(args.tokenizer)
-
-    from ldm_pipeline.data.check import check
-
-    tokens = None if args.tokenizer is None else _count_with(args.tokenizer)
-    report = check(
-        args.places[0],
-        buckets,
-        args.batch_size,
-        tokens,
-        args.alpha_masks,
-        split=args.split,
-        caption_key=args.caption_key,
-    )
-    print(report)
-    if report.errors or (args.strict and report.warnings):
-        sys.stdout.flush()
-        raise SystemExit(1)
-
-
-def _check_tokenizer(folder: Path) -> None:
-    """Refuse a folder without a vocabulary: transformers would go on with an empty one."""
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json")):
-        raise UserError(
-            f"--tokenizer={folder} holds no tokenizer.json or vocab.json; name the folder"
-            " `tokenizer` of a model"
-        )
-
-
-def _count_with(folder: Path) -> Callable[[str], int]:
-    """A function that counts tokens as the CLIP tokenizer in `folder` does."""
-    from transformers import CLIPTokenizer
-
-    try:
-        tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"--tokenizer={folder} cannot be loaded: {reason}") from error
-    return lambda text: len(tokenizer(text, verbose=False).input_ids)
-
-
 def _check_output(args: argparse.Namespace) -> None:
-    _at_least(args, "n", 1)
-    _at_least(args, "seed", 0)
+    at_least(args, "n", 1)
+    at_least(args, "seed", 0)
     check_folder(args.out)
 
 
@@ -130,23 +83,6 @@ def _write(args: argparse.Namespace, write: Callable[[], Path]) -> None:
     folder = write()
     print(f"{args.n} pictures in {time.perf_counter() - began:.1f} s", file=sys.stderr)
     print(folder)
-
-
-def _at_least(args: argparse.Namespace, name: str, least: int) -> None:
-    value = getattr(args, name)
-    if value < least:
-        raise UserError(f"--{name.replace('_', '-')}={value} must be at least {least}")
-
-
-@contextmanager
-def _in_flags() -> Iterator[None]:
-    """Within the block, a refusal by the buckets names the command's flag."""
-    try:
-        yield
-    except UserError as error:
-        name, equals, rest = str(error).partition("=")
-        flag = {"step": "--bucket-step"}.get(name, f"--{name}")
-        raise UserError(f"{flag}{equals}{rest}") from error
 
 
 KINDS = {
@@ -166,10 +102,12 @@ KINDS = {
             "resolution": 512,
             "bucket-step": 64,
             "batch-size": 1,
+            "fixed": False,
             "upscale": False,
             "alpha-masks": False,
             "split": None,
             "caption-key": None,
+            "model": None,
             "tokenizer": None,
             "strict": False,
         },

@@ -31,14 +31,27 @@ CLIP_TOKENS = 77
 
 PIECES = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\s\w]|_)+", re.IGNORECASE)
 
-# Stable Diffusion 1.x: mean and spread of 4 channels, an eighth of each side; 768 channels of text.
-LATENT_BYTES_PER_PIXEL = 2 * 4 * 2 / 64
-TEXT_BYTES = CLIP_TOKENS * 768 * 2
-
 NAMED = 5
 """Of many pictures with one problem, so many are named."""
 
 Tokens = Callable[[str], int]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The size of what the model called `name` makes of pictures and texts, kept in 16 bits.
+
+    `channels` has a place of the latents, which is 8 pixels wide and high, each with its mean and
+    its spread; `text_width` has each token of a text.
+    """
+
+    name: str = "Stable Diffusion 1.x"
+    channels: int = 4
+    text_width: int = 768
+
+    def bytes(self, pixels: int, texts: int) -> int:
+        """Of the latents of so many pixels, and of so many texts."""
+        return pixels // 64 * self.channels * 2 * 2 + texts * CLIP_TOKENS * self.text_width * 2
 
 
 @dataclass(frozen=True)
@@ -48,8 +61,10 @@ class Report:
     pictures            in the dataset, readable or not
     captions, masks     how many there are of them
     buckets             (size, pictures) of every bucket in use
-    cache_bytes         of the latents and the captions' embeddings, estimated: 16 bits, for
-                        Stable Diffusion 1.x, one wording for each caption
+    encoded             the model that training is estimated for
+    cache_bytes         of the latents and the captions' embeddings, estimated, with one wording for
+                        each caption
+    memory              what a training step takes, as a person reads it; "" where nobody told
     errors, warnings    one line each
     """
 
@@ -58,7 +73,9 @@ class Report:
     masks: int = 0
     batch_size: int = 1
     buckets: tuple[tuple[Size, int], ...] = ()
+    encoded: Encoded = Encoded()
     cache_bytes: int = 0
+    memory: str = ""
     errors: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
@@ -72,8 +89,10 @@ class Report:
             f"pictures         {self.pictures}, {self.masks} with a mask",
             f"captions         {self.captions}",
             f"steps per epoch  {self.steps_per_epoch} at batch size {self.batch_size}",
-            f"cache            about {self.cache_bytes / 1e6:.1f} MB, as for Stable Diffusion 1.x",
+            f"cache            about {self.cache_bytes / 1e6:.1f} MB, as for {self.encoded.name}",
         ]
+        if self.memory:
+            lines.append(f"memory           {self.memory}")
         if self.buckets:
             lines += ["", f"{'bucket':>11} {'pictures':>9} {'left over':>10}"]
         for (width, height), n in self.buckets:
@@ -106,16 +125,18 @@ def check(
     *,
     split: str | None = None,
     caption_key: str | None = None,
+    encoded: Encoded = Encoded(),
 ) -> Report:
     """Read and decode the whole dataset at `source`, and report.
 
-    `tokens` counts a caption's tokens exactly; the rest is as `read_dataset` has it. A damaged
-    dataset is an error of the report; raises `UserError` only where `source` is no dataset at all.
+    `tokens` counts a caption's tokens exactly; `encoded` tells the size of the caches; the rest is
+    as `read_dataset` has it. A damaged dataset is an error of the report; raises `UserError` only
+    where `source` is no dataset at all.
     """
     try:
         items = read_dataset(source, alpha_masks=alpha_masks, split=split, caption_key=caption_key)
     except BadDataset as error:
-        return Report(batch_size=batch_size, errors=(str(error),))
+        return Report(batch_size=batch_size, encoded=encoded, errors=(str(error),))
     with ThreadPoolExecutor(os.cpu_count()) as threads:
         facts = list(threads.map(look, items))
     sound = [fact for fact in facts if fact.problem is None]
@@ -139,7 +160,8 @@ def check(
         masks=sum(fact.has_mask for fact in sound),
         batch_size=batch_size,
         buckets=tuple(sorted(fill.items())),
-        cache_bytes=round(pixels * LATENT_BYTES_PER_PIXEL + len(texts) * TEXT_BYTES),
+        encoded=encoded,
+        cache_bytes=encoded.bytes(pixels, len(texts)),
         errors=tuple(errors),
         warnings=(
             *_about("too small for every bucket, so left out", too_small),
