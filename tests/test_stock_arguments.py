@@ -140,15 +140,16 @@ def test_a_single_file_of_the_hub_is_named_by_its_link(file: Path, tmp_path: Pat
         (snapshot / name).symlink_to(file)
     told: dict[str, Any] = {"cache_dir": tmp_path, "local_files_only": True, "revision": None}
     here = LatentDiffusionPipeline.from_single_file(file)
-    for end in (
-        "blob/main/a.safetensors",
-        "resolve/old/a.safetensors?download=true",
-        "blob/refs%2Fpr%2F1/a%20b.safetensors",
+    for link in (
+        "https://huggingface.co/somebody/model/blob/main/a.safetensors",
+        "https://huggingface.co/somebody/model/resolve/old/a.safetensors?download=true",
+        "https://huggingface.co/somebody/model/blob/refs%2Fpr%2F1/a%20b.safetensors",
+        "https://hf.co/somebody/model/a.safetensors",
+        "huggingface.co/somebody/model/blob/main/a.safetensors",
     ):
-        link = f"https://huggingface.co/somebody/model/{end}"
         opened = LatentDiffusionPipeline.from_single_file(link, **told)
         assert all(map(torch.equal, opened.unet.parameters(), here.unet.parameters()))
-    with pytest.raises(UserError, match="could not be fetched"):
+    with pytest.raises(UserError, match=r"^b\.safetensors of somebody/model could not be fetched"):
         LatentDiffusionPipeline.from_single_file(
             "https://huggingface.co/somebody/model/blob/main/b.safetensors", **told
         )

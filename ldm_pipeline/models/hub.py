@@ -15,10 +15,10 @@ from ldm_pipeline.models import folders
 from ldm_pipeline.models.trust import SAFE
 
 LINK = re.compile(
-    r"https?://(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>[^/?#]+/[^/?#]+)/(?:blob|resolve)"
-    r"/(?P<revision>[^/?#]+)/(?P<file>[^?#]+\.safetensors)(?:\?download=true)?"
+    r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?P<id>[^/?#]+/[^/?#]+)/"
+    r"(?:(?:blob|resolve)/(?P<revision>[^/?#]+)/)?(?P<file>[^?#]+\.safetensors)(?:\?download=true)?"
 )
-"""How a browser names a file of the hub."""
+"""How a browser names a file of the hub, and shorter forms that stock takes."""
 
 
 def fetched(hub_id: str, name: str, **told: Any) -> Path:
@@ -57,19 +57,25 @@ def fetched_file(link: str, **told: Any) -> Path:
     """The safetensors file of a hub model that a link names, on this machine; `told` is what
     `hf_hub_download` takes. Raises `UserError` for other names and for links to elsewhere."""
     named = LINK.fullmatch(link)
-    revision, name = map(unquote, named.group("revision", "file")) if named else ("", "")
+    revision, name = (
+        (unquote(part or "") for part in named.group("revision", "file")) if named else ("", "")
+    )
     if named is None or ".." in re.split(r"[/\\]", f"{revision}/{name}"):
         raise UserError(
             f"there is no file {link}; name a .safetensors file on this machine, or one of the hub"
             " by its link (https://huggingface.co/owner/name/blob/main/file.safetensors); a hub id"
             " is opened with from_pretrained"
         )
-    return fetched(named["id"], name, **{**told, "revision": told.get("revision") or revision})
+    from huggingface_hub import hf_hub_download
+
+    told = {**told, "revision": told.get("revision") or revision or None}
+    with reaching(named["id"], bool(told.get("local_files_only")), name):
+        return Path(hf_hub_download(named["id"], name, **told))
 
 
 @contextmanager
-def reaching(hub_id: str, local: bool) -> Iterator[None]:
-    """Within the block, what the hub cannot give ends in one line."""
+def reaching(hub_id: str, local: bool, file: str | None = None) -> Iterator[None]:
+    """Within the block, what the hub cannot give ends in one line: a model, or a `file` of it."""
     try:
         yield
     except (OSError, ValueError) as error:
@@ -80,6 +86,11 @@ def reaching(hub_id: str, local: bool) -> Iterator[None]:
         why = str(root).strip().partition("\n")[0]
         if alone and not isinstance(root, HFValidationError):
             why = "offline, and not in the cache"
+        if file is not None:
+            raise UserError(
+                f"{file} of {hub_id} could not be fetched from the hub ({why}); name a"
+                " .safetensors file on this machine"
+            ) from error
         raise UserError(
             f"there is no model folder {hub_id}, and as a hub id it could not be fetched ({why}); "
             "name a folder in Diffusers layout, a .safetensors file, or a model of the hub as"

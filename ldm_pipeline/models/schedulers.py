@@ -96,7 +96,9 @@ class StockSampler:
     eta                share of fresh noise, for schedulers whose step takes it; None is their own
 
     Raises UserError for schedulers that cannot draw one image from one generator (those on a
-    Brownian tree), and for flow-matching ones, whose levels are not those of a noise schedule.
+    Brownian tree), for flow-matching ones, whose levels are not those of a noise schedule, and for
+    those whose step asks for more than the network's answer, the level and x. Where a scheduler
+    cannot put noise into a picture, a course's `noisy` raises it.
     """
 
     scheduler: Any
@@ -113,6 +115,11 @@ class StockSampler:
             )
         if name.startswith("FlowMatch"):
             raise UserError(f"{name} is for flow-matching models, not for Stable Diffusion")
+        if not _steps_alone(self.scheduler):
+            raise UserError(
+                f"{name} does not step from the UNet's answer alone, as Stable Diffusion's do; take"
+                " another, as DDIMScheduler, or name a sampler, as sampler='ddim'"
+            )
         if self.timesteps is not None and self.sigmas is not None:
             raise UserError("pass either timesteps or sigmas, not both")
 
@@ -152,6 +159,11 @@ class StockSampler:
         def noisy(z: Tensor, noise: Tensor, t: float) -> Tensor:
             if t == CLEAN:
                 return z
+            if not hasattr(own, "add_noise"):
+                raise UserError(
+                    f"{type(own).__name__} cannot put noise into a picture; take another scheduler,"
+                    " as DDIMScheduler, or name a sampler, as sampler='ddim'"
+                )
             level = torch.tensor([t], dtype=own.timesteps.dtype)
             started: Tensor = own.add_noise(z, noise, level.repeat(z.shape[0]))
             return started
@@ -197,3 +209,12 @@ class StockSampler:
             return first
         made = len(own.timesteps)
         return share(made, strength, made, exact)[1]
+
+
+def _steps_alone(scheduler: Any) -> bool:
+    """Whether a scheduler's step asks for nothing but the network's output, the level and x."""
+    step = getattr(scheduler, "step", None)
+    if step is None:
+        return False
+    parameters = inspect.signature(step).parameters.values()
+    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) == 3

@@ -277,6 +277,15 @@ def test_schedulers_that_cannot_be_made_right_are_refused() -> None:
         StockSampler(DPMSolverSDEScheduler())
     with pytest.raises(UserError, match="flow-matching"):
         StockSampler(diffusers.FlowMatchEulerDiscreteScheduler())
+    for name in ("RePaintScheduler", "KarrasVeScheduler", "ScoreSdeVeScheduler"):
+        with pytest.raises(UserError, match=rf"^{name} does not step from .*sampler='ddim'"):
+            StockSampler(getattr(diffusers, name)())
+
+
+def test_a_scheduler_that_cannot_begin_with_a_picture_says_so() -> None:
+    course = StockSampler(made("IPNDMScheduler")).course(SCHEDULE, STEPS, 0.5)
+    with pytest.raises(UserError, match="IPNDMScheduler cannot put noise into a picture"):
+        course.noisy(torch.zeros(1, 4, 8, 8), torch.ones(1, 4, 8, 8), course.times[0])
 
 
 def test_mistakes_are_named() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from transformers import BatchFeature
 
@@ -79,6 +78,40 @@ def test_learnt_words(pair: Any) -> None:
     assert torch.equal(*drawn)
 
 
+def test_a_learnt_word_of_both_text_encoders(tiny_xl: Any, tiny: Any, tmp_path: Path) -> None:
+    """As stock's users load it, encoder by encoder; it goes to both or to none."""
+    torch.manual_seed(1)
+    learnt = {"clip_l": torch.randn(2, 32), "clip_g": torch.randn(2, 32)}
+    file = tmp_path / "mine.safetensors"
+    save_file(learnt, file)
+    ours, theirs = (LatentDiffusionXLPipeline(**tiny_xl(), add_watermarker=False) for _ in "ab")
+    ours.load_textual_inversion(str(file))
+    for key, end in (("clip_l", ""), ("clip_g", "_2")):
+        theirs.load_textual_inversion(
+            learnt[key],
+            token="mine",
+            tokenizer=getattr(theirs, f"tokenizer{end}"),
+            text_encoder=getattr(theirs, f"text_encoder{end}"),
+        )
+    assert torch.equal(draw(ours, "a mine star"), draw(theirs, "a mine star"))
+    with pytest.raises(UserError, match="mine is a word already"):
+        ours.load_textual_inversion(file)
+    save_file({**learnt, "clip_g": torch.randn(2, 24)}, file)
+    fresh = LatentDiffusionXLPipeline(**tiny_xl(), add_watermarker=False)
+    with pytest.raises(UserError, match="vectors of 24 numbers"):
+        fresh.load_textual_inversion(file, token="<mine>")
+    assert len(fresh.tokenizer) == fresh.text_encoder.get_input_embeddings().num_embeddings
+    with pytest.raises(UserError, match="this model has one"):
+        LatentDiffusionPipeline(**tiny()).load_textual_inversion(file)
+
+
+@pytest.mark.parametrize("place", ["none.safetensors", "nobody/none", 5, ""])
+def test_what_is_no_learnt_word_is_refused_in_one_line(tiny: Any, place: Any) -> None:
+    with pytest.raises(UserError) as refusal:
+        LatentDiffusionPipeline(**tiny()).load_textual_inversion(place)
+    assert "\n" not in str(refusal.value)
+
+
 @pytest.mark.parametrize("build", ["tiny", "tiny_xl"])
 def test_a_pickle_is_no_adapter(build: str, request: Any, tmp_path: Path, monkeypatch: Any) -> None:
     """Neither by its name, nor under another, nor because nothing else is there."""
@@ -104,8 +137,9 @@ def test_a_pickle_is_no_adapter(build: str, request: Any, tmp_path: Path, monkey
             with pytest.raises(UserError, match="a pickle can run any program") as refusal:
                 load(place, **told)
             assert "\n" not in str(refusal.value)
-        with pytest.raises(SafetensorError):
+        with pytest.raises(UserError) as refusal:
             load("b.safetensors")
+        assert "\n" not in str(refusal.value)
     assert not Path("ran").exists(), "a pickle was opened"
 
 
