@@ -105,7 +105,14 @@ def of_a_file(kind: str, told: Mapping[str, Any]) -> dict[str, Any]:
     for name in READ_FROM_THE_FILE:
         _say_unheard(kind, name, told.get(name))
     check_safe(told.get("use_safetensors"))
-    passed = (*OF_A_DOWNLOAD, *OF_READING, *READ_FROM_THE_FILE, "use_safetensors")
+    check_other_loaders(kind, {name: told[name] for name in OF_OTHER_LOADERS if name in told})
+    passed = (
+        *OF_A_DOWNLOAD,
+        *OF_READING,
+        *READ_FROM_THE_FILE,
+        "use_safetensors",
+        *OF_OTHER_LOADERS,
+    )
     return {name: value for name, value in told.items() if name not in passed}
 
 

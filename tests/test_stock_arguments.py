@@ -125,6 +125,8 @@ def test_what_ours_cannot_do_is_refused_with_the_way_that_there_is(
     (name,) = told
     with pytest.raises(UserError, match=rf"{name}=.* is not for LatentDiffusionPipeline: \w+"):
         LatentDiffusionPipeline.from_pretrained(folders["sd"], **told)
+    with pytest.raises(UserError, match=rf"{name}=.* is not for LatentDiffusionPipeline: \w+"):
+        LatentDiffusionPipeline.from_single_file("model.safetensors", **told)
 
 
 def test_a_single_file_of_the_hub_is_named_by_its_link(file: Path, tmp_path: Path) -> None:

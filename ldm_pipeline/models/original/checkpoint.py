@@ -90,7 +90,13 @@ def open_single_file(
         files = _files(file, family, shapes, prediction, given)
         for part in family.texts:
             if part.tokenizer not in given:
-                words = json.loads(files[f"{part.component}/config.json"])["vocab_size"]
+                config = files.get(f"{part.component}/config.json")
+                if config is None:
+                    raise UserError(
+                        f"{file} does not tell which tokenizer goes with the {part.component} that"
+                        f" was passed; pass {part.tokenizer}=…, too"
+                    )
+                words = json.loads(config)["vocab_size"]
                 found = tokenizers.vocabulary(file, words, tokenizer)
                 pad = "!" if part.open_clip else tokenizers.END
                 found["tokenizer_config.json"] = tokenizers.settings(pad)
@@ -156,13 +162,13 @@ def _files(
         prefix = family.prefix(component)
         own = {key.removeprefix(prefix): s for key, s in shapes.items() if key.startswith(prefix)}
         whole = f"take a file of the whole model, or give from_single_file {component}=…"
-        if not own:
-            if component in given:
-                continue
+        if not own and component not in given:
             raise UserError(f"{file} holds no {component}; {whole}")
         try:
             found[f"{component}/config.json"] = make(own)
         except (KeyError, ValueError, IndexError) as error:
+            if component in given:
+                continue
             raise UserError(
                 f"{file} holds no whole {component} ({error} is missing); {whole}"
             ) from None
@@ -243,7 +249,7 @@ def _parts(
         if component == "text_encoder":
             found.pop("text_projection.weight", None)  # it reads hidden states alone
         if not found:
-            raise UserError(f"{file} holds no {component}; pass {component}=…")
+            raise UserError(f"{file} holds no {component}; give from_single_file {component}=…")
         for key in layout.to_original(found):  # what has a name there and here
             del rest[prefix + key]
         parts[component] = found

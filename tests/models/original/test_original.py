@@ -258,6 +258,21 @@ def test_components_may_be_brought(made: Made) -> None:
         bare, vae=pipe.vae, tokenizer=pipe.tokenizer
     )
     assert brought.vae is pipe.vae
+    words = "cond_stage_model.transformer.text_model.embeddings."
+    for gone, named in (
+        ("first_stage_model.decoder.conv_out.weight", "vae"),
+        (f"{words}token_embedding.weight", "text_encoder"),
+    ):
+        save_file({k: v for k, v in load_file(file).items() if k != gone}, bare)
+        with pytest.raises(UserError, match=f"holds no whole {named} .* from_single_file {named}="):
+            ldm_pipeline.load(bare, tokenizer=folder)
+        part = {named: getattr(pipe, named)}
+        again = ldm_pipeline.LatentDiffusionPipeline.from_single_file(
+            bare, tokenizer=pipe.tokenizer, **part
+        )
+        assert getattr(again, named) is part[named]
+    with pytest.raises(UserError, match="text_encoder that was passed; pass tokenizer="):
+        ldm_pipeline.LatentDiffusionPipeline.from_single_file(bare, text_encoder=pipe.text_encoder)
     with pytest.raises(UserError, match="has no text_encoder_2"):
         ldm_pipeline.LatentDiffusionPipeline.from_single_file(bare, text_encoder_2=pipe.vae)
     with pytest.raises(UserError, match=r"holds Stable Diffusion 1\.x, which .*XLPipeline cannot"):
