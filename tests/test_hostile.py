@@ -310,6 +310,14 @@ FOLDERS: dict[str, tuple[Callable[[Path], None], str]] = {
     "header without end": (put(f"vae/{WEIGHTS}", header("[" * 200_000)), "never ends"),
     "tensors that overlap": (put(f"vae/{WEIGHTS}", header(OVERLAP, b"1234")), "begins at byte"),
     "shape that lies": (put(f"vae/{WEIGHTS}", header(LYING, b"1234")), "has 4 bytes"),
+    "a network too wide for any memory": (
+        edit("unet/config.json", block_out_channels=[10**7, 10**7]),
+        "says block_out_channels=10000000",
+    ),
+    "layers without end": (
+        edit("text_encoder/config.json", num_hidden_layers=10**7),
+        "says num_hidden_layers=10000000",
+    ),
     "component that is a file": (
         both(lambda f: shutil.rmtree(f / "vae"), put("vae", "")),
         "no such folder",

@@ -7,7 +7,7 @@ its own with its config and weights. What it must not do stands in `trust.py`.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,16 @@ CONFIGS = {
     "scheduler": "scheduler_config.json",
 }
 """The config that a component's folder has; beside a `config.json` lie weights."""
+MAKE_WEIGHTS = (
+    "block_out_channels",
+    "layers_per_block",
+    "transformer_layers_per_block",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "vocab_size",
+)
+"""Numbers in a config of which each makes so many weights, or tensors."""
 SHARD = re.compile(r"-\d{5}-of-\d{5}\.")
 """In the name of one of several files of weights."""
 
@@ -96,6 +106,24 @@ def _check_whole(component: Path) -> None:
     shards = all(SHARD.search(file.name) for file in found)
     if shards and not any(component.glob(f"*{SAFE}.index*.json")):
         raise UserError(f"{component} holds shards of weights and no index of them (a .json file)")
+    shapes = [shape for file in found for shape in read_header(file).shapes.values()]
+    check_numbers(component / config, read_json(component / config), shapes)
+
+
+def check_numbers(
+    place: object, config: Mapping[str, Any], shapes: Sequence[tuple[int, ...]]
+) -> None:
+    """Refuse a config at `place` that asks for more than weights of these shapes can be: what it
+    describes would be built first, and take all of the memory, or for ever."""
+    most = max((side for shape in shapes for side in shape), default=0)
+    for name in MAKE_WEIGHTS:
+        asked = config.get(name)
+        for number in asked if isinstance(asked, list) else [asked]:
+            if isinstance(number, int) and number > max(most, len(shapes)):
+                raise UserError(
+                    f"{place} says {name}={number}, and no tensor of its weights is so large; take"
+                    " the whole model"
+                )
 
 
 def check_filled(folder: Path, parts: Mapping[str, Any], given: Collection[str] = ()) -> None:

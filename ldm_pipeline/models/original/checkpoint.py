@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_pipeline.errors import UserError, choose
+from ldm_pipeline.models.folders import check_numbers
 from ldm_pipeline.models.headers import read_header
 from ldm_pipeline.models.original import configs, note, tokenizers
 from ldm_pipeline.models.original.clip import with_body
@@ -238,12 +239,16 @@ def _parts(
     """The tensors of each component under Diffusers' names, and those of none."""
     parts: dict[str, Tensors] = {}
     rest = dict(tensors)
+    shapes = [tensor.shape for tensor in tensors.values()]
     for component in family.components:
         if component in given:
             continue
         prefix = family.prefix(component)
+        name = f"{component}/config.json"
+        config = json.loads(files[name])
+        check_numbers(f"{name} in {file}", config, shapes)
         with reading(f"{file}: no {component} can have this config"):
-            layout = family.layout(component, json.loads(files[f"{component}/config.json"]))
+            layout = family.layout(component, config)
         own = {k.removeprefix(prefix): t for k, t in tensors.items() if k.startswith(prefix)}
         found = layout.to_diffusers(own)
         if component == "text_encoder":

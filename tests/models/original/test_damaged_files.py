@@ -14,6 +14,7 @@ import random
 import zlib
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,13 +30,24 @@ COUNT = int(os.environ.get("LDM_MUTATIONS", "24"))
 KINDS = ("sd1", "refiner")
 
 
+def files_of(texts: dict[str, str]) -> dict[str, Any]:
+    """The note among a header's texts."""
+    told: dict[str, Any] = json.loads(zlib.decompress(base64.b64decode(texts[note.KEY])))
+    return told
+
+
+def packed(told: dict[str, Any]) -> str:
+    """A note as a header's text."""
+    return base64.b64encode(zlib.compress(json.dumps(told).encode())).decode()
+
+
 def noted(contents: bytes, dice: random.Random) -> bytes:
     """One entry of the configs that the file carries is changed, or left out."""
     header, tensors = header_of(contents)
     texts = header.get("__metadata__", {})
     if note.KEY not in texts:
         return entry(contents, dice)
-    told = json.loads(zlib.decompress(base64.b64decode(texts[note.KEY])))
+    told = files_of(texts)
     name = dice.choice(sorted(name for name in told["files"] if name.endswith(".json")))
     config = json.loads(told["files"][name])
     key = dice.choice(sorted(config))
@@ -46,7 +58,7 @@ def noted(contents: bytes, dice: random.Random) -> bytes:
     told["files"][name] = json.dumps(config)
     if dice.random() < 0.1:
         del told["files"][name]
-    texts[note.KEY] = base64.b64encode(zlib.compress(json.dumps(told).encode())).decode()
+    texts[note.KEY] = packed(told)
     return with_header(header, tensors)
 
 
@@ -66,6 +78,29 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[Path, Path]]
             for file in (place / "model.safetensors", plain(place / "model.safetensors"))
         ]
     return found
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [
+        ("unet", "block_out_channels", [10**7, 10**7]),
+        ("vae", "layers_per_block", 10**7),
+        ("text_encoder", "num_hidden_layers", 10**7),
+    ],
+)
+def test_a_note_cannot_ask_for_more_than_the_file_holds(
+    name: str, key: str, value: Any, sources: list[tuple[Path, Path]], tmp_path: Path
+) -> None:
+    """It would take all of the memory, or for ever, to build what it describes."""
+    header, tensors = header_of(sources[0][1].read_bytes())
+    told = files_of(header["__metadata__"])
+    config = json.loads(told["files"][f"{name}/config.json"])
+    told["files"][f"{name}/config.json"] = json.dumps({**config, key: value})
+    header["__metadata__"][note.KEY] = packed(told)
+    file = tmp_path / "greedy.safetensors"
+    file.write_bytes(with_header(header, tensors))
+    with pytest.raises(UserError, match=f"^{name}/config.json in .* says {key}=10000000"):
+        ldm_pipeline.load(file)
 
 
 @pytest.mark.parametrize("part", range(2))
