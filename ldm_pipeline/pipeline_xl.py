@@ -119,6 +119,12 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
 
             self.watermark = StableDiffusionXLWatermarker()
 
+    @property
+    def default_sample_size(self) -> int:
+        """The side of the latents that the model was trained on; scripts for stock ask for it."""
+        side: int = self.unet.config.sample_size
+        return side
+
     # Drawing ----------------------------------------------------------------------------------
 
     @in_stock_order(2, "StableDiffusionXLImg2ImgPipeline", "StableDiffusionXLInpaintPipeline")

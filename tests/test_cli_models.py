@@ -56,6 +56,18 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
+@pytest.mark.parametrize("form", ["folder", "file.safetensors", "file-plain.safetensors"])
+@pytest.mark.parametrize("kind", ["sd1-inpaint", "sdxl-inpaint"])
+def test_a_model_that_paints_asks_for_a_picture_before_it_loads(
+    kind: str, form: str, ldm: Ldm, models: Path
+) -> None:
+    place = str(models / kind / form)
+    code, out, err = ldm("generate", "a red star", "--model", place)
+    assert (code, out) == (2, "")
+    assert f"--model={place} paints into pictures" in err
+    assert "seed" not in err, "which is told once the model is loaded"
+
+
 @pytest.mark.parametrize("form", ["folder", "fp16", "file.safetensors", "file-plain.safetensors"])
 @pytest.mark.parametrize("kind", ASKED)
 def test_the_command_draws_what_the_pipeline_does(

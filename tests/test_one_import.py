@@ -121,3 +121,9 @@ def test_what_is_said_twice_or_is_no_picture_is_a_mistake() -> None:
         with pytest.raises(UserError, match=r"prompt_2=.* must be a text") as refusal:
             xl("a red star", given)
         assert "\n" not in str(refusal.value)
+
+
+def test_attributes_that_scripts_for_stock_read() -> None:
+    pipe = LatentDiffusionXLPipeline(**build_xl(), add_watermarker=False)
+    assert pipe.default_sample_size == pipe.unet.config.sample_size
+    assert pipe.vae_scale_factor == 2 ** (len(pipe.vae.config.block_out_channels) - 1)

@@ -78,6 +78,7 @@ def run(args: argparse.Namespace) -> None:
     loras = read_loras(args.lora)
     memory = memory_flags.read(args)
     source = find(args.model)
+    pictures.check_model(args, source)
     note, scheduler = check_lcm(args.lcm, source), scheduler_config(source)
     for order in orders:
         check_steps(order.args.steps, order.args.sampler, note, scheduler)

@@ -161,6 +161,7 @@ def run(args: argparse.Namespace) -> None:
     given = pictures.read(args)
     jobs = plan(args, prompts, seed)
     source = find(args.model)
+    pictures.check_model(args, source)
     note = check_lcm(args.lcm, source)
     check_steps(args.steps, args.sampler, note, scheduler_config(source))
     decoder = find_decoder(args.decoder, source)

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_pipeline.commands.hashing import of_bytes
+from ldm_pipeline.commands.sources import Source, unet_config
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.metadata import Origin
+from ldm_pipeline.models.original.families import PAINTING_CHANNELS
 from ldm_pipeline.request import MAX_PIXELS, MAX_SIDE, SIZE_STEP, Task
 
 if TYPE_CHECKING:
@@ -105,6 +107,16 @@ def check(args: argparse.Namespace) -> None:
             raise UserError(f"--{name.replace('_', '-')} needs a mask: pass --mask FILE")
     if args.crop is not None and args.grow is not None:
         raise UserError("--crop and --grow do not go together; leave one out")
+
+
+def check_model(args: argparse.Namespace, source: Source) -> None:
+    """Refuse a model that only paints into pictures where nothing is to be painted."""
+    reads = (unet_config(source) or {}).get("in_channels")
+    if reads == PAINTING_CHANNELS and not (args.image is not None and paints(args)):
+        raise UserError(
+            f"--model={source.name} paints into pictures (its UNet reads {reads} channels); pass"
+            " --image FILE and --mask FILE to ldm generate"
+        )
 
 
 def paints(args: argparse.Namespace) -> bool:

@@ -19,7 +19,7 @@ from ldm_pipeline.models.hub import cached, fetched, fetched_index, offline
 from ldm_pipeline.models.original import note
 from ldm_pipeline.models.original.checkpoint import check_name
 from ldm_pipeline.models.original.configs import GUIDED
-from ldm_pipeline.models.original.families import UNET, family_of
+from ldm_pipeline.models.original.families import FIRST, UNET, family_of
 from ldm_pipeline.models.trust import SAFE, read_json
 from ldm_pipeline.values import check_path
 
@@ -90,7 +90,7 @@ def unet_config(source: Source) -> dict[str, Any] | None:
     """What the model's UNet says of itself; None where nothing is told.
 
     Of a single file that others wrote only the widths of what the UNet is told are read, from its
-    tensors' shapes: of the texts, and of a full LCM's guidance.
+    tensors' shapes: of the texts, of a full LCM's guidance, and of the pictures.
     """
     if source.file is not None:
         noted = _noted(source.file, UNET_CONFIG)
@@ -99,7 +99,12 @@ def unet_config(source: Source) -> dict[str, Any] | None:
         shapes = read_header(source.file).shapes
         told = next((shape for key, shape in shapes.items() if key.endswith(TOLD)), (None,))
         guided = shapes.get(UNET + GUIDED, (None,))
-        return {"cross_attention_dim": told[-1], "time_cond_proj_dim": guided[-1]}
+        reads = shapes.get(UNET + FIRST, (None, None))
+        return {
+            "cross_attention_dim": told[-1],
+            "time_cond_proj_dim": guided[-1],
+            "in_channels": reads[1],
+        }
     folder = _described(source)
     file = folder / UNET_CONFIG if folder is not None else None
     return read_json(file) if file is not None and file.is_file() else None

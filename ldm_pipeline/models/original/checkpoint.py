@@ -18,7 +18,7 @@ from ldm_pipeline.models.folders import check_numbers
 from ldm_pipeline.models.headers import read_header
 from ldm_pipeline.models.original import configs, note, tokenizers
 from ldm_pipeline.models.original.clip import with_body
-from ldm_pipeline.models.original.families import FIRST, UNET, Family, family_of
+from ldm_pipeline.models.original.families import FIRST, PAINTING_CHANNELS, UNET, Family, family_of
 from ldm_pipeline.models.original.names import Tensors
 from ldm_pipeline.models.original.tensors import Stored, stored
 from ldm_pipeline.models.reading import reading
@@ -180,7 +180,7 @@ def _files(
 
 def _paints(shapes: configs.Shapes) -> bool:
     """Whether the UNet reads a mask and what stays of a picture beside the latents."""
-    return shapes[UNET + FIRST][1:2] == (9,)
+    return shapes[UNET + FIRST][1:2] == (PAINTING_CHANNELS,)
 
 
 def _index(family: Family, paints: bool) -> dict[str, Any]:

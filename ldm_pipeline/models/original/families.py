@@ -17,6 +17,8 @@ from ldm_pipeline.models.original.unet import unet_names
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 FIRST = "input_blocks.0.0.weight"
+PAINTING_CHANNELS = 9
+"""What a UNet that paints into pictures reads: latents, the mask, and what stays."""
 
 
 @dataclass(frozen=True)
