@@ -337,7 +337,12 @@ def test_a_scheduler_of_another_theory_is_refused(folder: Path, tiny_xl: Any) ->
         LoraObjective(short(folder), edm)
 
 
-def test_names_that_only_sdxl_has_are_refused_before_training(folder: Path, opened: Opened) -> None:
+def test_names_that_only_sdxl_has_are_refused_before_anything_is_encoded(
+    folder: Path, opened: Opened, tmp_path: Path
+) -> None:
     """The tiny UNet has one layer in each block; a reader would count them wrongly."""
+    cache = tmp_path / "cache"
+    told: dict[str, Any] = {"lora": {"formats": ["kohya"]}, "data": {"cache": str(cache)}}
     with pytest.raises(UserError, match="of 2 layers in each block; this one has 1"):
-        LoraObjective(config_of(folder, lora={"formats": ["kohya"]}), opened)
+        LoraObjective(config_of(folder, **told), opened)
+    assert not cache.exists()

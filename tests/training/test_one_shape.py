@@ -27,17 +27,20 @@ BATCH = 4
 Build = Callable[..., AdapterObjective]
 
 
-@pytest.fixture(params=["lora", "lcm"])
+@pytest.fixture(params=["lora", "own answers", "lcm"])
 def build(request: pytest.FixtureRequest, tmp_path: Path) -> Build:
     """build(): an objective over pictures of two sizes, whose adapter changes what is said."""
     folder = captioned(tmp_path / "pictures", SIZES)
-    test: Any = test_lora_objective if request.param == "lora" else test_lcm_objective
-    kind = test.LoraObjective if request.param == "lora" else test.LcmObjective
+    test: Any = test_lcm_objective if request.param == "lcm" else test_lora_objective
+    kind = test.LcmObjective if request.param == "lcm" else test.LoraObjective
+    told: dict[str, Any] = {"data": {"held_out": 0.0}}
+    if request.param == "own answers":
+        kept = captioned(tmp_path / "kept", SIZES[:-1])
+        told["data"]["regularisation"] = str(kept)
+        told["loss"] = {"regularise_to": "answers"}
 
     def build() -> AdapterObjective:
-        objective: AdapterObjective = kind(
-            test.config_of(folder, data={"held_out": 0.0}), open_model
-        )
+        objective: AdapterObjective = kind(test.config_of(folder, **told), open_model)
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
             for value in objective.adapter.parameters.values():
