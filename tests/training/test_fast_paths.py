@@ -26,6 +26,7 @@ from ldm_pipeline.data import captioned as reading
 from ldm_pipeline.lora.files import FILE_NAME, load
 from ldm_pipeline.lora.inject import inject
 from ldm_pipeline.models import autoencoder
+from ldm_pipeline.training import block_attention
 from ldm_pipeline.training.engine import fit
 from ldm_pipeline.training.lora import LoraConfig, LoraObjective
 from tests.training.conftest import captioned
@@ -86,14 +87,19 @@ EVERYTHING = (*PLAIN, "caches")
 def trained(
     tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[..., dict[str, Tensor]]:
-    """trained(precision, without=(), steps=50, **run): the adapter of a run that leaves out the
-    fast ways named, with other settings of `run` as given."""
+    """trained(precision, without=(), steps=50, side=8, **run): the adapter of a run that leaves out
+    the fast ways named, on a UNet for latents of that side, with other settings of `run` as
+    given."""
     captioned(tmp_path / "pictures", [(64, 64)] * 5)
 
     def trained(
-        precision: str, without: Sequence[str] = (), steps: int = STEPS, **run: Any
+        precision: str,
+        without: Sequence[str] = (),
+        steps: int = STEPS,
+        side: int = 8,
+        **run: Any,
     ) -> dict[str, Tensor]:
-        out = tmp_path / f"{precision} {sorted(without)} {steps} {run}"
+        out = tmp_path / f"{precision} {sorted(without)} {steps} {side} {run}"
         values = {
             "run": {
                 "out": out, "batch_size": 2, "steps": steps, "workers": 0, "log_with": "none",
@@ -106,6 +112,7 @@ def trained(
         }  # fmt: skip
         config = LoraConfig.model_validate(values)
         pipe = LatentDiffusionPipeline(**copy.deepcopy(tiny()))
+        pipe.unet.register_to_config(sample_size=side)
         with monkeypatch.context() as patch:
             for name in set(without) - {"caches"}:
                 for place, stand_in in PLAIN[name].items():
@@ -142,6 +149,17 @@ def test_a_plain_run_ends_where_a_fast_one_does(trained: Any, precision: str, wi
     print(f"{precision}, without {without}: {share:.1e}")
     rounding = STORED if "caches" in left_out else ORDER
     assert share <= (HALF if precision == "bf16" else rounding)
+
+
+def test_attention_in_blocks_ends_where_the_fused_one_does(
+    trained: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on large grids, in several blocks of each head."""
+    monkeypatch.setattr(block_attention, "PAIRS", 16 * 64)
+    fast, plain = (trained("bf16", without, side=64) for without in ((), ("attention",)))
+    share = apart(fast, plain, trained("bf16", steps=1, side=64))
+    print(f"attention in blocks: {share:.1e}")
+    assert 0 < share <= HALF
 
 
 def test_batches_prepared_ahead_and_caches_found_change_no_bit(trained: Any) -> None:

@@ -16,6 +16,7 @@ from ldm_pipeline.lora.files import save
 from ldm_pipeline.lora.inject import Adapter, inject
 from ldm_pipeline.lora.targets import LoraSettings, Override
 from ldm_pipeline.lora.weights import LORA_A, LORA_B, LoraWeights, split
+from ldm_pipeline.training.block_attention import BlockAttention
 from ldm_pipeline.training.config import TrainingConfig
 from ldm_pipeline.training.engine import fit
 from ldm_pipeline.training.start import (
@@ -143,12 +144,12 @@ def test_runs_begin_from_nothing_in_auto_unless_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "device", "side", "plain"),
-    [("bf16", "cpu", 8, True), ("bf16", "cpu", 64, False), ("no", "cpu", 8, False),
-     ("bf16", "cuda", 8, False)],
+    ("precision", "device", "side", "kind"),
+    [("bf16", "cpu", 8, AttnProcessor), ("bf16", "cpu", 64, BlockAttention),
+     ("no", "cpu", 8, AttnProcessor2_0), ("bf16", "cuda", 8, AttnProcessor2_0)],
 )  # fmt: skip
-def test_attention_is_plain_where_that_is_quicker_and_says_the_same(
-    precision: str, device: str, side: int, plain: bool
+def test_attention_is_done_as_is_quicker_and_says_the_same(
+    precision: str, device: str, side: int, kind: type
 ) -> None:
     unet = build()["unet"]
     unet.register_to_config(sample_size=side)
@@ -158,8 +159,7 @@ def test_attention_is_plain_where_that_is_quicker_and_says_the_same(
         before = unet(*told).sample
         attend_quickly(unet, precision, device)
         after = unet(*told).sample
-    kinds = {type(processor) for processor in unet.attn_processors.values()}
-    assert kinds == {AttnProcessor if plain else AttnProcessor2_0}
+    assert {type(processor) for processor in unet.attn_processors.values()} == {kind}
     assert torch.allclose(before, after, atol=1e-5)
 
 
