@@ -43,8 +43,9 @@ class ModelChecks(Drawing):
             if getattr(self, name) is None:
                 raise UserError(f"this pipeline has no {name} to {purpose}")
         self._check_family()
-        for name in ("tokenizer", "tokenizer_2"):
-            text.check_length(getattr(self, name, None))
+        for end in ("", "_2"):
+            reader = getattr(self, f"tokenizer{end}", None)
+            text.check_reader(reader, getattr(self, f"text_encoder{end}", None))
         self._check_words(request)
         self._check_tensors(request)
         choose("prediction_type", self._prediction_type, PREDICTION_TYPES)

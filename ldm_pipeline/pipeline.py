@@ -204,7 +204,12 @@ class LatentDiffusionPipeline(
         Raises `UserError`, before any network is called, for what cannot be drawn.
         """
         usual_steps, usual_guidance = self._usual(lcm, GUIDANCE)
-        names = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        names = tensors_for(
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            self._callback_tensor_inputs,
+            paints=mask_image is not None,
+        )
         request = Request(
             prompt=prompt,
             height=height,

@@ -205,7 +205,12 @@ class LatentDiffusionXLPipeline(  # type: ignore[misc]  # stock SDXL encodes wit
         """
         guidance = XL_GUIDANCE if mask_image is None else XL_PAINTING_GUIDANCE
         usual_steps, usual_guidance = self._usual(lcm, guidance)
-        names = tensors_for(callback_on_step_end, callback_on_step_end_tensor_inputs)
+        names = tensors_for(
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            self._callback_tensor_inputs,
+            paints=mask_image is not None,
+        )
         request = RequestXL(
             prompt=prompt,
             prompt_2=prompt_2,

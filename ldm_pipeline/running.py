@@ -23,6 +23,7 @@ from torch import Tensor
 from ldm_pipeline.diffusion import loop
 from ldm_pipeline.diffusion.denoiser import Guidance
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.request import MASK_TENSORS
 
 Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
 """callback(pipeline, i, timestep, tensors) -> those of the tensors that it changed."""
@@ -104,11 +105,14 @@ class Run:
         return (self.cross_attention_kwargs or {}).get("scale")
 
 
-def tensors_for(callback: Any, names: Sequence[str] | None) -> Sequence[str]:
+def tensors_for(
+    callback: Any, names: Sequence[str] | None, every: Sequence[str], paints: bool
+) -> Sequence[str]:
     """The tensors that a callback is handed: `names`, or those that one of diffusers' own wants.
 
-    None are no names, as stock pipelines take it where there is no callback. Raises `UserError` for
-    a callback that cannot be called.
+    None are no names, as stock pipelines take it where there is no callback. Who asks for `every`
+    one that a pipeline has gets those that there are: without painting (`paints`) none of a mask.
+    Raises `UserError` for a callback that cannot be called.
     """
     if callback is not None and not callable(callback):
         raise UserError(
@@ -116,6 +120,8 @@ def tensors_for(callback: Any, names: Sequence[str] | None) -> Sequence[str]:
             " tensors)"
         )
     own = isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
+    if not own and not paints and list(names or ()) == list(every):
+        return [name for name in every if name not in MASK_TENSORS]
     return callback.tensor_inputs if own else names if names is not None else ()
 
 

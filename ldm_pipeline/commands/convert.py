@@ -79,6 +79,10 @@ def check(args: argparse.Namespace, source: Path, target: Path) -> None:
         raise UserError(f"{target} must be a folder: a file is converted to one")
     if source.is_dir() and (args.tokenizer or args.prediction_type):
         raise UserError("--tokenizer and --prediction-type are for files; a folder has them itself")
+    if args.tokenizer is not None and not args.tokenizer.is_dir():
+        raise UserError(
+            f"--tokenizer={args.tokenizer} is no folder; name one with CLIP's tokenizer"
+        )
     if not source.is_dir():
         check_name(source)
         family_of(source, read_header(source).shapes)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.models.config_values import check_values
 from ldm_pipeline.models.headers import read_header
 from ldm_pipeline.models.trust import (
     SAFE,
@@ -88,6 +89,27 @@ def check(folder: Path, known: Collection[str], given: Collection[str] = ()) -> 
             raise UserError(f"{folder} names a component {name!r} but has no such folder")
         check_component(folder / name)
         _check_whole(folder / name)
+    if "unet" in parts and "unet" not in given:
+        told = read_json(folder / "unet" / "config.json").get("addition_embed_type")
+        check_family(folder, contents, {*parts, *given}, told)
+
+
+def check_family(
+    place: object, contents: dict[str, Any], parts: Collection[str], told: object
+) -> None:
+    """Refuse a model whose UNet and text encoders are of different families.
+
+    `contents` are its index's, `parts` its components, and `told` is what its UNet says that it is
+    told besides the texts.
+    """
+    xl = told == "text_time"
+    if xl != is_xl(contents):
+        raise UserError(
+            f"{place} holds a UNet that is {'' if xl else 'not '}SDXL's, and the rest of it is"
+            f" {'not' if xl else 'that of SDXL'}; take the whole of one model"
+        )
+    if xl and "text_encoder_2" not in parts:
+        raise UserError(f"{place} lacks SDXL's text_encoder_2; take the whole model")
 
 
 def _check_whole(component: Path) -> None:
@@ -98,6 +120,8 @@ def _check_whole(component: Path) -> None:
     config = CONFIGS.get(component.name)
     if config is not None and not (component / config).is_file():
         raise UserError(f"{component} has no {config}; take the whole model")
+    if config is not None:
+        check_values(component / config, component.name, read_json(component / config))
     if config != "config.json":
         return
     found = weight_files(component)

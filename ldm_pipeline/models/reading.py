@@ -27,4 +27,6 @@ def reading(refusal: str) -> Iterator[None]:
             raise
         known = isinstance(error, OSError | ValueError)
         reason = " ".join(f"{'' if known else type(error).__name__ + ': '}{error}".split())
+        if "ignore_mismatched_sizes" in reason:  # transformers lists them in its log alone
+            reason = "weights of other shapes than its config.json says"
         raise UserError(f"{refusal}: {reason[:LONGEST]}") from error

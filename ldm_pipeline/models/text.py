@@ -16,6 +16,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from diffusers.utils.peft_utils import scale_lora_layers
@@ -36,6 +37,7 @@ Convert = Callable[[list[str]], list[str]]
 NO_ENCODER = "this pipeline has no text encoder; pass prompt_embeds instead of prompt"
 
 LONGEST = 10**6
+SHORTEST = 3
 """Tokens; transformers gives tokenizers that do not say how many are read an astronomic number."""
 
 MOST_NAMED = 300
@@ -204,12 +206,33 @@ def reads_mask(text_encoder: CLIPTextModel) -> bool:
     return bool(getattr(text_encoder.config, "use_attention_mask", False))
 
 
-def check_length(tokenizer: CLIPTokenizer | None) -> None:
-    """Raise `UserError` where a tokenizer does not say how many tokens its encoder reads."""
-    if tokenizer is not None and tokenizer.model_max_length > LONGEST:
+def check_reader(tokenizer: CLIPTokenizer | None, text_encoder: Any) -> None:
+    """Raise `UserError` where a tokenizer gives what no text encoder, or not the one beside it, can
+    read: texts of no told length or another one, or a padding that has no embedding."""
+    if tokenizer is None:
+        return
+    length = tokenizer.model_max_length
+    if isinstance(length, int | float) and length > LONGEST:
         raise UserError(
             "this model's tokenizer does not say how many tokens are read: set model_max_length in"
             " its tokenizer_config.json (77 is CLIP's)"
+        )
+    config = getattr(text_encoder, "config", None)
+    most = getattr(config, "max_position_embeddings", LONGEST)
+    if not isinstance(length, int) or not SHORTEST <= length <= most:
+        upto = f" to {most}, which its text encoder reads" if most != LONGEST else ""
+        raise UserError(
+            f"this model's tokenizer_config.json says model_max_length={length!r}; it must be a"
+            f" whole number from {SHORTEST}{upto} (77 is CLIP's)"
+        )
+    if config is None or tokenizer.pad_token_id is None:
+        return
+    rows = text_encoder.get_input_embeddings().num_embeddings
+    if tokenizer.pad_token_id >= rows:
+        raise UserError(
+            f"this model's tokenizer fills texts up with {tokenizer.pad_token!r}, number"
+            f" {tokenizer.pad_token_id}, and its text encoder knows {rows} tokens; mend pad_token"
+            " in its tokenizer_config.json"
         )
 
 

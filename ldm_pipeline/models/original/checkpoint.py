@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ldm_pipeline.errors import UserError, choose
+from ldm_pipeline.models.config_values import check_values
 from ldm_pipeline.models.folders import check_numbers
 from ldm_pipeline.models.headers import read_header
 from ldm_pipeline.models.original import configs, note, tokenizers
@@ -227,6 +228,7 @@ def _check_files(
         check_classes(
             file, contents if name == "model_index.json" else {**contents, "_class_name": ""}
         )
+        check_values(f"{name} in {file}", name.partition("/")[0], contents)
 
 
 def _parts(
