@@ -2,8 +2,9 @@
 
     python -m benchmarks.usual_lora PICTURES --out FOLDER [--steps 200] [--batch 8] [--bf16]
 
-Decode, resize and tokenise in the main process, autoencoder and text encoder in every step, PEFT's
-own layers, the loss read back each time, diffusers' own file at the end. PICTURES is an image
+Decode, resize and tokenise in the main process, autoencoder and text encoder in every step, all
+three networks in the run's precision, PEFT's own layers, the loss read back each time, diffusers'
+own file at the end. PICTURES is an image
 folder with a `metadata.jsonl`.
 """
 
@@ -38,6 +39,7 @@ def steps_of(
     """A step by its number, told in stages as they end: data, forward, backward, update."""
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         part.requires_grad_(False)
+        torch.nn.Module.to(part, dtype=torch.bfloat16 if bf16 else torch.float32)
     pipe.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
     parameters = [p for p in pipe.unet.parameters() if p.requires_grad]
     for parameter in parameters:

@@ -217,4 +217,4 @@ def _steps_alone(scheduler: Any) -> bool:
     if step is None:
         return False
     parameters = inspect.signature(step).parameters.values()
-    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) == 3
+    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) <= 3

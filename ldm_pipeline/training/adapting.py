@@ -437,10 +437,9 @@ class AdapterObjective(nn.Module, ABC):
         }
 
     def _dtype(self) -> torch.dtype:
-        """The frozen base's precision: bf16 where a GPU computes in it anyway."""
+        """The frozen base's precision: that which is computed in anyway."""
         chosen = precision(self.config.run.mixed_precision, self.state.device.type)
-        half = chosen != "no" and self.state.device.type == "cuda"
-        return {"bf16": torch.bfloat16, "fp16": torch.float16}[chosen] if half else torch.float32
+        return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[chosen]
 
 
 def stacked(samples: Sequence[dict[str, Tensor]], rows: int = 0) -> dict[str, Tensor]:
