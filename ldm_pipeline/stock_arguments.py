@@ -20,6 +20,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.values import as_whole, shown
 
 logger = logging.getLogger(__name__)
 
@@ -140,7 +141,8 @@ def check_no_code(custom_pipeline: object, trust_remote_code: bool) -> None:
 def in_stock_order(
     texts: int, redrawing: str, painting: str
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a pipeline's `__call__` also be told a picture behind its `texts` without a name.
+    """Let a pipeline's `__call__` also be told a picture behind its `texts` without a name, and the
+    older `callback` with its `callback_steps`.
 
     There text-to-image has its height. All that stand without names then are those of the stock
     pipeline `redrawing`, or of `painting` where a second picture, the mask, follows at once; these
@@ -155,15 +157,41 @@ def in_stock_order(
             picture, mask = (
                 isinstance(each, PICTURES) for each in (*told, *[None] * 4)[1 + texts : 3 + texts]
             )
+            asked = _with_older_callback(named)
             if not picture:
-                return call(*told, **named)
+                plainly: R = anyhow(*told, **asked)
+                return plainly
             order = signature(getattr(diffusers, painting if mask else redrawing).__call__)
-            answer: R = anyhow(**order.bind_partial(*told).arguments, **named)
+            answer: R = anyhow(**order.bind_partial(*told).arguments, **asked)
             return answer
 
         return hearing
 
     return taught
+
+
+def _with_older_callback(named: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a call with `callback(step, timestep, latents)`, which stock still takes and
+    calls in every `callback_steps`-th step, as one `callback_on_step_end`; that is every one here,
+    where stock fails, if nobody says how many."""
+    asked = dict(named)
+    callback, every = asked.pop("callback", None), asked.pop("callback_steps", None)
+    every = 1 if every is None else as_whole("callback_steps", every, 1)
+    if callback is None:
+        return asked
+    if not callable(callback) or asked.get("callback_on_step_end") is not None:
+        raise UserError(
+            f"callback={shown(callback)} must be a function of (step, timestep, latents), and goes"
+            " without callback_on_step_end, which has taken its place"
+        )
+
+    def on_step_end(_: Any, step: int, timestep: Any, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        if step % every == 0:
+            callback(step, timestep, tensors["latents"])
+        return {}
+
+    latents = {"callback_on_step_end_tensor_inputs": ["latents"]}
+    return {**asked, "callback_on_step_end": on_step_end, **latents}
 
 
 def _say_unheard(kind: str, name: str, value: object) -> None:

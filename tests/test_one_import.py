@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+import ldm_pipeline
 from ldm_pipeline import LatentDiffusionPipeline, LatentDiffusionXLPipeline
 from ldm_pipeline.errors import UserError
 from tests.conftest import build, build_xl
@@ -127,3 +129,47 @@ def test_attributes_that_scripts_for_stock_read() -> None:
     pipe = LatentDiffusionXLPipeline(**build_xl(), add_watermarker=False)
     assert pipe.default_sample_size == pipe.unet.config.sample_size
     assert pipe.vae_scale_factor == 2 ** (len(pipe.vae.config.block_out_channels) - 1)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("family", ["", "XL"])
+def test_an_older_callback_is_called_as_stock_calls_it(family: str, every: int) -> None:
+    """Deprecated there, and still heard."""
+    parts: dict[str, Any] = build_xl() if family else build()
+    named = {"add_watermarker": False} if family else {}
+    heard: list[list[tuple[int, float, torch.Tensor]]] = []
+    stock_class = getattr(diffusers, f"StableDiffusion{family}Pipeline")
+    for kind in (stock_class, getattr(ldm_pipeline, OURS[family])):
+        told: list[tuple[int, float, torch.Tensor]] = []
+
+        def callback(step: int, t: Any, latents: torch.Tensor, told: Any = told) -> None:
+            told.append((step, float(t), latents.clone()))
+
+        kind(**parts, **named)(
+            "a star",
+            num_inference_steps=4,
+            height=32,
+            width=32,
+            generator=torch.Generator().manual_seed(1),
+            callback=callback,
+            callback_steps=every,
+        )
+        heard.append(told)
+    stock, ours = heard
+    assert [each[:2] for each in ours] == [each[:2] for each in stock]
+    assert all(torch.equal(a[2], b[2]) for a, b in zip(ours, stock, strict=True))
+    assert len(ours) == 4 // every
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"callback": 5},
+        {"callback": print, "callback_steps": 0},
+        {"callback": print, "callback_on_step_end": print},
+    ],
+)
+def test_an_older_callback_that_cannot_be_called_is_refused(told: dict[str, Any]) -> None:
+    pipe: Any = LatentDiffusionPipeline(**build())
+    with pytest.raises(UserError, match="callback"):
+        pipe("a star", num_inference_steps=1, **told)
