@@ -150,7 +150,16 @@ class StockSampler:
             if "eta" in accepted and self.eta is not None:
                 chosen["eta"] = self.eta
             output = denoiser(scaled, t).output
-            after: Tensor = own.step(output, timestep, x, return_dict=False, **chosen)[0]
+            try:
+                after: Tensor = own.step(output, timestep, x, return_dict=False, **chosen)[0]
+            except IndexError as error:
+                known = len(getattr(own, "betas", ()))
+                if known >= own.config.num_train_timesteps:
+                    raise
+                raise UserError(
+                    f"{type(own).__name__} has no level {t:g}: its config's trained_betas are"
+                    f" {known}, and its num_train_timesteps {own.config.num_train_timesteps}"
+                ) from error
             return after
 
         def first(noise: Tensor) -> Tensor:

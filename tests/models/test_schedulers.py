@@ -282,6 +282,15 @@ def test_schedulers_that_cannot_be_made_right_are_refused() -> None:
             StockSampler(getattr(diffusers, name)())
 
 
+def test_fewer_betas_than_levels_are_told_of() -> None:
+    """Where a scheduler steps from a level that it has no number of."""
+    short = diffusers.DDPMScheduler(trained_betas=[0.1, 0.2])
+    course = StockSampler(short).course(SCHEDULE, STEPS)
+    plan = Plan(torch.ones(1, 4, 8, 8), course.times)
+    with pytest.raises(UserError, match=r"trained_betas are 2, and its num_train_timesteps 1000"):
+        run(plan, denoiser, course.step, Noise.of([1]))
+
+
 def test_a_scheduler_that_cannot_begin_with_a_picture_says_so() -> None:
     course = StockSampler(made("IPNDMScheduler")).course(SCHEDULE, STEPS, 0.5)
     with pytest.raises(UserError, match="IPNDMScheduler cannot put noise into a picture"):
