@@ -4,8 +4,7 @@
 
 Decode, resize and tokenise in the main process, autoencoder and text encoder in every step, all
 three networks in the run's precision, PEFT's own layers, the loss read back each time, diffusers'
-own file at the end. PICTURES is an image
-folder with a `metadata.jsonl`.
+own file at the end. PICTURES is an image folder with a `metadata.jsonl`.
 """
 
 from __future__ import annotations

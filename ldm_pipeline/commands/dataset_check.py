@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ldm_pipeline.commands import info
-from ldm_pipeline.commands.sources import find, unet_config
+from ldm_pipeline.commands.flags import in_flags
+from ldm_pipeline.commands.sources import find, need_folder, unet_config
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models.hub import cached
 
 if TYPE_CHECKING:
     from ldm_pipeline.data.buckets import Buckets
     from ldm_pipeline.data.check import Report
+
+OF_BUCKETS = {"resolution": "--resolution", "width": "--resolution", "step": "--bucket-step"}
+"""The command's name for what decides the sizes."""
 
 VOCABULARIES = ("tokenizer.json", "vocab.json")
 
@@ -77,7 +80,7 @@ def _buckets(args: argparse.Namespace) -> Buckets:
     """The sizes that the flags ask for; a refusal names the flag."""
     from ldm_pipeline.data.buckets import aspect_buckets, one_size
 
-    with _in_flags():
+    with in_flags(OF_BUCKETS):
         side, upscale = args.resolution, args.upscale
         if args.fixed:
             return one_size(side, side, upscale=upscale)
@@ -87,11 +90,7 @@ def _buckets(args: argparse.Namespace) -> Buckets:
 def _trained(name: str) -> Trained:
     """The model that --model names; `UserError` where too little of it can be told here."""
     source = find(name)
-    if source.file is not None:
-        raise UserError(
-            f"--model={name} is a single file, and a model's folder is needed; ldm convert {name}"
-            " FOLDER makes one"
-        )
+    need_folder(source)
     config = unet_config(source)
     if config is None:
         raise UserError(f"--model={name} has no UNet that is described here; ldm generate loads it")
@@ -150,14 +149,3 @@ def _count_with(folder: Path) -> Callable[[str], int]:
         reason = " ".join(str(error).split())
         raise UserError(f"--tokenizer={folder} cannot be loaded: {reason}") from error
     return lambda text: len(tokenizer(text, verbose=False).input_ids)
-
-
-@contextmanager
-def _in_flags() -> Iterator[None]:
-    """Within the block, a refusal by the buckets names the command's flag."""
-    try:
-        yield
-    except UserError as error:
-        name, equals, rest = str(error).partition("=")
-        flag = {"step": "--bucket-step", "width": "--resolution"}.get(name, f"--{name}")
-        raise UserError(f"{flag}{equals}{rest}") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from ldm_pipeline.errors import UserError
@@ -24,10 +24,10 @@ FLAGS = {
 
 
 @contextmanager
-def in_flags() -> Iterator[None]:
+def in_flags(flags: Mapping[str, str] = FLAGS) -> Iterator[None]:
     """Within the block, a refusal that begins with a field, `field=…`, names its flag instead."""
     try:
         yield
     except UserError as error:
         name, equals, rest = str(error).partition("=")
-        raise UserError(f"{FLAGS.get(name, name)}{equals}{rest}") from error
+        raise UserError(f"{flags.get(name, name)}{equals}{rest}") from error

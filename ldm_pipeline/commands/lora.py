@@ -17,7 +17,7 @@ from ldm_pipeline.commands.adapters import read_loras
 from ldm_pipeline.commands.kinds import REQUIRED, Kind, declare, run_kind
 from ldm_pipeline.commands.lora_info import describe
 from ldm_pipeline.commands.outputs import check_weights
-from ldm_pipeline.commands.sources import find
+from ldm_pipeline.commands.sources import find, need_folder
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.lora.files import LAYOUTS, inspect, load_whole, save
 from ldm_pipeline.lora.layouts.families import (
@@ -213,11 +213,7 @@ def _base(name: str | None) -> ModelFolder | None:
     if name is None:
         return None
     source = find(name)
-    if source.file is not None:
-        raise UserError(
-            f"{name} is a single file, and a model's folder is needed; ldm convert {name} FOLDER"
-            " makes one"
-        )
+    need_folder(source)
     folder = source.folder or cached(source.name)
     if folder is None:
         raise UserError(f"{name} is not in the cache; ldm generate downloads it")

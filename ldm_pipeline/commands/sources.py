@@ -80,6 +80,15 @@ def find(name: str) -> Source:
     return Source(name, None)
 
 
+def need_folder(source: Source) -> None:
+    """Refuse a single file where a model's folder is needed."""
+    if source.file is not None:
+        raise UserError(
+            f"{source.name} is a single file, and a model's folder is needed; ldm convert"
+            f" {source.name} FOLDER makes one"
+        )
+
+
 def find_decoder(name: str | None, source: Source) -> Path | None:
     """The small autoencoder that --decoder names; `UserError` where there is none."""
     with in_flags():

@@ -21,11 +21,14 @@ LINK = re.compile(
 """How a browser names a file of the hub, and shorter forms that stock takes."""
 
 
-def fetched(hub_id: str, name: str, **told: Any) -> Path:
-    """The file `name` of a hub model on this machine; `told` is what `hf_hub_download` takes."""
+def fetched(hub_id: str, name: str, *, alone: bool = False, **told: Any) -> Path:
+    """The file `name` of a hub model on this machine; `told` is what `hf_hub_download` takes.
+
+    Where it cannot be had, that is told of the file if it is wanted `alone`, else of the model.
+    """
     from huggingface_hub import hf_hub_download
 
-    with reaching(hub_id, bool(told.get("local_files_only"))):
+    with reaching(hub_id, bool(told.get("local_files_only")), name if alone else None):
         return Path(hf_hub_download(hub_id, name, **told))
 
 
@@ -57,20 +60,15 @@ def fetched_file(link: str, **told: Any) -> Path:
     """The safetensors file of a hub model that a link names, on this machine; `told` is what
     `hf_hub_download` takes. Raises `UserError` for other names and for links to elsewhere."""
     named = LINK.fullmatch(link)
-    revision, name = (
-        (unquote(part or "") for part in named.group("revision", "file")) if named else ("", "")
-    )
+    revision, name = ("", "") if named is None else map(unquote, named.groups("")[1:])
     if named is None or ".." in re.split(r"[/\\]", f"{revision}/{name}"):
         raise UserError(
             f"there is no file {link}; name a .safetensors file on this machine, or one of the hub"
             " by its link (https://huggingface.co/owner/name/blob/main/file.safetensors); a hub id"
             " is opened with from_pretrained"
         )
-    from huggingface_hub import hf_hub_download
-
-    told = {**told, "revision": told.get("revision") or revision or None}
-    with reaching(named["id"], bool(told.get("local_files_only")), name):
-        return Path(hf_hub_download(named["id"], name, **told))
+    asked = told.pop("revision", None) or revision or None
+    return fetched(named["id"], name, alone=True, revision=asked, **told)
 
 
 @contextmanager

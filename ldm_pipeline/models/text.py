@@ -36,9 +36,9 @@ Convert = Callable[[list[str]], list[str]]
 
 NO_ENCODER = "this pipeline has no text encoder; pass prompt_embeds instead of prompt"
 
-LONGEST = 10**6
-SHORTEST = 3
-"""Tokens; transformers gives tokenizers that do not say how many are read an astronomic number."""
+SHORTEST, LONGEST = 3, 10**6
+"""Tokens of a text, with its begin and end; transformers gives tokenizers that do not say how many
+are read an astronomic number."""
 
 MOST_NAMED = 300
 """Letters of a text that was cut off which a warning names."""
