@@ -14,6 +14,7 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import NoReturn, cast
 
 from ldm_pipeline.commands import Command
@@ -21,6 +22,7 @@ from ldm_pipeline.errors import UserError, nearest, suggestion
 from ldm_pipeline.too_large import is_out_of_memory
 
 COMMANDS = ("generate", "show", "info", "convert", "evaluate", "dataset", "lora")
+EMPTY = "is empty; name a file or a folder"
 
 
 class Parser(argparse.ArgumentParser):
@@ -32,12 +34,15 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
+        self.register("type", Path, _path)
 
     def error(self, message: str) -> NoReturn:
         """Raise argparse's complaint as a `UserError`, which `main` prints in one line."""
         if wrong := re.fullmatch(r"argument (\S+): invalid (int|float) value: (.*)", message):
             flag, kind, value = wrong.groups()
             message = f"{flag}={value} must be a {'whole ' * (kind == 'int')}number"
+        elif message.endswith(EMPTY):
+            message = message.removeprefix("argument ").replace(": is ", " is ", 1)
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def parse(self, arguments: Sequence[str]) -> argparse.Namespace:
@@ -51,6 +56,13 @@ class Parser(argparse.ArgumentParser):
             flag = unknown[0].partition("=")[0]
             self.error(f"unknown argument {flag!r}{suggestion(flag, self._option_string_actions)}")
         return args
+
+
+def _path(text: str) -> Path:
+    """A path as it was typed; without a name it would be the folder that one is in."""
+    if not text:
+        raise argparse.ArgumentTypeError(EMPTY)
+    return Path(text)
 
 
 def _command(name: str) -> Command:

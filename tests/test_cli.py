@@ -141,6 +141,8 @@ REFUSED = {
     "evaluate --sampler eular": "--sampler='eular'",
     "evaluate --eta 0.5": "--eta=0.5 does nothing here",
     "evaluate --model ./nowhere": "nowhere",
+    "evaluate --out=": "--out is empty; name a file or a folder",
+    "generate x --output=": "-o/--output is empty",
     "generate x --image /dev/zero": "is no file; name a picture",
     "convert /dev/zero out": "is a file, but no .safetensors",
 }

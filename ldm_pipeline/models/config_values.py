@@ -16,6 +16,12 @@ from ldm_pipeline.request import MAX_SIDE
 MOST_LEVELS = 100_000
 """Noise levels of a schedule; known ones have 1,000, and each takes memory."""
 
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "score")
+"""What a network may answer: `diffusion.prediction`'s, without torch."""
+
+SPACINGS = ("trailing", "leading", "linspace")
+"""How Diffusers' schedulers space their timesteps."""
+
 Check = Callable[[Any, Mapping[str, Any]], str | None]
 """Of a value and the config that it is in: what it has to be, or None where it is that."""
 
@@ -72,6 +78,13 @@ def _offset(value: Any, config: Mapping[str, Any]) -> str | None:
     return None if fine else f"a whole number from 0 to {levels - 1}"
 
 
+def _one_of(*known: str) -> Check:
+    def check(value: Any, _: Mapping[str, Any]) -> str | None:
+        return None if value in known else f"one of {', '.join(known)}"
+
+    return check
+
+
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -94,6 +107,8 @@ CHECKS: dict[str, dict[str, Check]] = {
         "beta_start": _number,
         "beta_end": _number,
         "steps_offset": _offset,
+        "prediction_type": _one_of(*PREDICTION_TYPES),
+        "timestep_spacing": _one_of(*SPACINGS),
     },
 }
 """What is looked at in the config of each component, in this order."""

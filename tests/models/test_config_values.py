@@ -12,7 +12,9 @@ import pytest
 import ldm_pipeline
 from ldm_pipeline import LatentDiffusionPipeline, LatentDiffusionXLPipeline
 from ldm_pipeline.cli import main
+from ldm_pipeline.diffusion import prediction
 from ldm_pipeline.errors import UserError
+from ldm_pipeline.models import config_values
 from ldm_pipeline.models.config_values import check_values
 from tests.conftest import build, build_xl
 
@@ -39,6 +41,9 @@ WRONG: list[tuple[str, str, Any]] = [
     ("scheduler", "num_train_timesteps", True),
     ("scheduler", "beta_end", math.nan),
     ("scheduler", "steps_offset", 900_000),
+    ("scheduler", "prediction_type", "flow_prediction"),
+    ("scheduler", "prediction_type", ["epsilon"]),
+    ("scheduler", "timestep_spacing", "trailin"),
 ]
 
 
@@ -74,6 +79,10 @@ def test_a_value_that_none_has_is_refused(
     assert "\n" not in str(caught.value)
     assert main(["convert", str(bad), str(tmp_path / "bad.safetensors")]) == 2
     assert not (tmp_path / "bad.safetensors").exists()
+
+
+def test_what_networks_answer_is_told_once_without_torch() -> None:
+    assert config_values.PREDICTION_TYPES == prediction.PREDICTION_TYPES
 
 
 def test_what_models_have_is_let() -> None:
