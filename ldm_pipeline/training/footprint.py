@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from ldm_pipeline.errors import UserError
 from ldm_pipeline.lora.inject import inject, without_input_casts
 from ldm_pipeline.lora.targets import LoraSettings
 from ldm_pipeline.models.unet import bind
-from ldm_pipeline.training.start import attend_quickly, recompute
+from ldm_pipeline.training.start import attend_quickly
 
 TOKENS = 77
 """What CLIP reads of a text."""
@@ -44,7 +45,9 @@ class Footprint:
 
     base      the UNet's frozen weights
     adapter   what is trained, with gradients, AdamW's moments and a moving average
-    kept      what the forward pass keeps for the backward pass: it grows with size and batch
+    kept      the most that is kept for the backward pass: it grows with size and batch. With
+              gradient checkpointing it is what the forward pass keeps up to the layer that takes
+              most, and what that layer keeps when it is computed again
 
     Autoencoder and text encoders are not there once all is encoded. Not counted is what an
     operation needs while it runs, some per cent, and what a GPU's driver takes for itself.
@@ -97,33 +100,70 @@ def footprint(
     dtype = DTYPES[precision]
     nn.Module.to(unet, dtype=dtype)
     attend_quickly(unet, precision, device)
+    kept = _Kept()
     if recomputed:
-        recompute(unet)
+        unet.enable_gradient_checkpointing(kept.again)
     adapter = inject({"unet": unet}, settings, seed=0)
     called = _Called(unet.train())
-    kept: dict[int, Any] = {}  # memory by its place, held so that no other comes to lie there
     with FakeTensorMode():
         weights = {
             name: torch.empty(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
             for name, tensor in [*called.named_parameters(), *called.named_buffers()]
         }
-        owned = {_place(tensor) for tensor in weights.values()}
-
-        def keep(tensor: Tensor) -> Tensor:
-            if _place(tensor) not in owned:
-                kept.setdefault(_place(tensor), tensor.untyped_storage())
-            return tensor
-
+        kept.not_counted = {_place(tensor) for tensor in weights.values()}
         half = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
-        with saved_tensors_hooks(keep, lambda tensor: tensor), half, without_input_casts(adapter):
+        with kept.noted(kept.storages), half, without_input_casts(adapter):
             torch.func.functional_call(called, weights, _inputs(unet, size, batch, dtype))
     trained = sum(parameter.numel() for parameter in adapter.parameters.values())
     frozen = [p for p in unet.parameters() if not p.requires_grad]
     return Footprint(
         base=sum(p.numel() * p.element_size() for p in frozen),
         adapter=trained * STATE_BYTES,
-        kept=sum(storage.nbytes() for storage in kept.values()),
+        kept=max(kept.most, kept.bytes()),
     )
+
+
+class _Kept:
+    """The memory that autograd keeps, each place of it once.
+
+    storages     by place, held so that no other comes to lie there
+    not_counted  the places of weights
+    most         the most bytes kept while a layer is computed again, 0 where none is
+    """
+
+    def __init__(self) -> None:
+        self.storages: dict[int, Any] = {}
+        self.not_counted: set[int] = set()
+        self.most = 0
+
+    def noted(self, storages: dict[int, Any]) -> saved_tensors_hooks:
+        """Within the block, what autograd keeps is put into `storages`."""
+
+        def keep(tensor: Tensor) -> Tensor:
+            if _place(tensor) not in self.not_counted:
+                storages.setdefault(_place(tensor), tensor.untyped_storage())
+            return tensor
+
+        return saved_tensors_hooks(keep, lambda tensor: tensor)
+
+    def again(self, layer: nn.Module, *given: Any) -> Any:
+        """The layer's answer, as gradient checkpointing has it: what is given is kept, and the rest
+        while the backward pass is at this layer."""
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        self.storages |= {
+            _place(tensor): tensor.untyped_storage()
+            for tensor in tensors
+            if _place(tensor) not in self.not_counted
+        }
+        rest: dict[int, Any] = {}
+        with self.noted(rest):
+            answer = layer(*given)
+        self.most = max(self.most, self.bytes(rest))
+        return answer
+
+    def bytes(self, rest: Mapping[int, Any] = MappingProxyType({})) -> int:
+        """Of all that is kept, and of the rest."""
+        return sum(storage.nbytes() for storage in {**self.storages, **rest}.values())
 
 
 def _place(tensor: Tensor) -> int:
