@@ -86,7 +86,7 @@ class Drawing(LiveValues, ImagePrompts, DiffusionPipeline):
         denoiser = self._denoiser(unet, run, schedule, plan.start)
         with self.progress_bar(total=run.num_timesteps) as bar:
             names = request.callback_on_step_end_tensor_inputs
-            watch = watcher(self, run, callback, names, bar)
+            watch = watcher(self, run, callback, names, bar, course.own)
             return loop.run(plan, denoiser, course.step, noise, watch)
 
     def _portion(self, course: Course, request: Request) -> Course:

@@ -8,6 +8,7 @@ is opened is opened whatever the name says.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -20,13 +21,14 @@ from packaging import version
 
 from ldm_pipeline.errors import UserError, choose
 from ldm_pipeline.models import bundled, folders
+from ldm_pipeline.models.config_values import check_values
 from ldm_pipeline.models.hub import fetched_file, fetched_index, reaching
 from ldm_pipeline.models.original.checkpoint import SingleFile, open_single_file
 from ldm_pipeline.models.quantising import quantised
 from ldm_pipeline.models.quiet import quiet_diffusers
 from ldm_pipeline.models.reading import reading
 from ldm_pipeline.models.schedulers import scheduler_class
-from ldm_pipeline.models.trust import components
+from ldm_pipeline.models.trust import check_component, check_links, components, read_json
 from ldm_pipeline.stock_arguments import (
     FROM_FOLDER,
     OF_A_DOWNLOAD,
@@ -38,6 +40,8 @@ from ldm_pipeline.stock_arguments import (
     of_a_file,
 )
 from ldm_pipeline.values import DTYPES, check_path, shown
+
+logger = logging.getLogger(__name__)
 
 Dtypes = torch.dtype | str | Mapping[str, torch.dtype | str]
 """A dtype, torch's or its name, or one for each component and "default" for the rest."""
@@ -98,11 +102,11 @@ class FolderPipeline(DiffusionPipeline):
 
         `dtype` (`torch_dtype` is its older name), torch's or its name, is float32 unless given,
         whatever the files hold; a dictionary says it by component. Components that are passed are
-        used instead of the folder's; None leaves one out. A folder whose weights all come in one
-        variant ("fp16") needs no `variant`. The other arguments are stock's; a setting that only
-        other pipelines have does nothing. Raises `UserError` for a missing or incomplete folder,
-        for a model of another shape, for one that holds only pickled weights, and for one that
-        wants to run its own code.
+        used instead of the folder's; None leaves one out. A folder whose weights are plain or else
+        of one variant ("fp16") needs no `variant`. The other arguments are stock's; a setting that
+        only other pipelines have does nothing. Raises `UserError` for a missing or incomplete
+        folder, for a model of another shape, for one that holds only pickled weights, and for one
+        that wants to run its own code.
         """
         check_other_loaders(cls.__name__, of_others)
         check_safe(use_safetensors)
@@ -188,11 +192,17 @@ class FolderPipeline(DiffusionPipeline):
         for a file of the hub, which is named by its link.
 
         `parts` are used instead of the file's, by their components' names. `tokenizer_folder` has
-        CLIP's vocabulary, where neither the file nor this machine has it. What else stock takes is
-        let pass (see `stock_arguments.py`). Raises `UserError` for files of another kind or family,
+        CLIP's vocabulary, where neither the file nor this machine has it; so may a folder named by
+        `config`, whose scheduler is then taken, as stock does. What else stock takes is let pass
+        (see `stock_arguments.py`). Raises `UserError` for files of another kind or family,
         and where a part is missing.
         """
         hub = {name: parts[name] for name in OF_A_DOWNLOAD if name in parts}
+        config = parts.get("config")
+        if isinstance(config, str | os.PathLike) and Path(config).expanduser().is_dir():
+            del parts["config"]
+            parts = {**_scheduler_in(Path(config).expanduser()), **parts}
+            tokenizer_folder = config if tokenizer_folder is None else tokenizer_folder
         parts = of_a_file(cls.__name__, parts)
         parts = heard(cls.__name__, cls._get_signature_types(), parts)
         check_path("pretrained_model_link_or_path", pretrained_model_link_or_path)
@@ -308,13 +318,16 @@ def one_dtype(dtype: Dtypes | None, torch_dtype: Dtypes | None) -> torch.dtype:
     """
     if dtype is not None and torch_dtype is not None:
         raise UserError("dtype and torch_dtype were both passed; pass only dtype")
-    wanted = torch_dtype if dtype is None else dtype
+    name, wanted = ("dtype", dtype) if torch_dtype is None else ("torch_dtype", torch_dtype)
     if wanted is None:
         wanted = torch.float32
+    if wanted == "auto":
+        logger.warning("%s='auto' is float32, as in stock pipelines", name)
+        wanted = torch.float32
     if isinstance(wanted, str):
-        wanted = getattr(torch, choose("dtype", wanted, DTYPES))
+        wanted = getattr(torch, choose(name, wanted, DTYPES))
     if not isinstance(wanted, torch.dtype) or not wanted.is_floating_point:
-        raise UserError(f"dtype={wanted!r} must be one of {', '.join(DTYPES)}, or torch's")
+        raise UserError(f"{name}={wanted!r} must be one of {', '.join(DTYPES)}, or torch's")
     return wanted
 
 
@@ -334,6 +347,20 @@ def _fetched(cls: type[FolderPipeline], hub_id: str, **told: Any) -> Path:
     """The folder of a hub model, downloaded or in the cache; `UserError` where there is no way."""
     with quiet_diffusers(), reaching(hub_id, told["local_files_only"]):
         return Path(cls.download(hub_id, use_safetensors=True, **told))
+
+
+def _scheduler_in(folder: Path) -> dict[str, Any]:
+    """The scheduler of a model's folder, under its name; nothing where the folder has none."""
+    place = folder / "scheduler"
+    if not place.is_dir():
+        return {}
+    with reading(f"{place} cannot be loaded"):
+        check_links(place, folder)
+        check_component(place)
+        file = place / "scheduler_config.json"
+        told = read_json(file)
+        check_values(file, "scheduler", told)
+        return {"scheduler": scheduler_class(told.get("_class_name"), file).from_config(told)}
 
 
 def dtype_argument(dtype: torch.dtype | dict[str, torch.dtype]) -> dict[str, Any]:

@@ -29,6 +29,7 @@ from ldm_pipeline.values import (
     as_whole,
     check_flag,
     check_levels,
+    shown,
 )
 
 if TYPE_CHECKING:
@@ -182,14 +183,14 @@ class Request:
         told = self.cross_attention_kwargs
         if told is not None and not isinstance(told, Mapping):
             raise UserError(
-                f"cross_attention_kwargs={told!r} must be a dictionary, such as {{'scale': 0.8}}"
+                f"cross_attention_kwargs={shown(told)} must be a dictionary, as {{'scale': 0.8}}"
             )
         if told is not None and "scale" in told:
             as_number("cross_attention_kwargs: scale", told["scale"], -math.inf, math.inf)
         if self.sampler is not None:
             choose("sampler", self.sampler, SAMPLER_NAMES)
         if not isinstance(self.lcm, bool | str | os.PathLike):
-            raise UserError(f"lcm={self.lcm!r} must be True, False or the path of an adapter")
+            raise UserError(f"lcm={shown(self.lcm)} must be True, False or the path of an adapter")
         if self.lcm == "":
             raise UserError("lcm='' names no file; pass True, False or the path of an adapter")
         if self.lcm and self.sampler not in (None, *FEW_STEP_SAMPLERS):
@@ -206,7 +207,7 @@ class Request:
         names = self.callback_on_step_end_tensor_inputs
         if isinstance(names, str) or not isinstance(names, Iterable):
             raise UserError(
-                f"callback_on_step_end_tensor_inputs={names!r} must be a list of names, such as"
+                f"callback_on_step_end_tensor_inputs={shown(names)} must be a list of names, as"
                 " ['latents']"
             )
         for name in names:
@@ -363,7 +364,7 @@ class Request:
         interval = self.guidance_interval
         if not isinstance(interval, Sequence) or len(interval) != 2:
             raise UserError(
-                f"guidance_interval={interval!r} must be two fractions of the run,"
+                f"guidance_interval={shown(interval)} must be two fractions of the run,"
                 " such as (0.2, 0.8)"
             )
         lo, hi = (as_number("guidance_interval", end, 0.0, 1.0) for end in interval)
@@ -390,8 +391,8 @@ class Request:
                 torch = sys.modules.get("torch")  # where there is a generator, it was imported
                 if torch is None or not isinstance(generator, torch.Generator):
                     raise UserError(
-                        f"generator={generator!r} must be a torch.Generator, or a list with one per"
-                        " image; a number is passed as seed"
+                        f"generator={shown(generator)} must be a torch.Generator, or a list with"
+                        " one per image; a number is passed as seed"
                     )
         for name, one_each in (("seed", self.seed), ("generator", self.generator)):
             if isinstance(one_each, Sequence) and len(one_each) != self.image_count:

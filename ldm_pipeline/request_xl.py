@@ -17,7 +17,7 @@ from ldm_pipeline.request import (
     Request,
     Task,
 )
-from ldm_pipeline.values import Text, as_number, as_shape, as_texts, as_whole
+from ldm_pipeline.values import Text, as_number, as_shape, as_texts, as_whole, shown
 
 if TYPE_CHECKING:
     import torch
@@ -155,7 +155,9 @@ class RequestXL(Request):
             if pair is None:
                 continue
             if not isinstance(pair, Sequence) or isinstance(pair, str) or len(pair) != 2:
-                raise UserError(f"{name}={pair!r} must be two whole numbers, as in (1024, 1024)")
+                raise UserError(
+                    f"{name}={shown(pair)} must be two whole numbers, as in (1024, 1024)"
+                )
             for number in pair:
                 as_whole(name, number, 0)
 

@@ -24,6 +24,7 @@ from ldm_pipeline.diffusion import loop
 from ldm_pipeline.diffusion.denoiser import Guidance
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.request import MASK_TENSORS
+from ldm_pipeline.values import shown
 
 Callback = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any] | None]
 """callback(pipeline, i, timestep, tensors) -> those of the tensors that it changed."""
@@ -37,7 +38,8 @@ class Run:
     with guidance, and so are `mask` [., 1, h, w], `masked_image_latents` [., C, h, w] and
     `image_embeds`, one tensor for each IP-Adapter; so are `add_text_embeds` [., D] and
     `add_time_ids` [., 6], which SDXL is told besides. `steerable` is False for UNets that take
-    guidance as an input (guided LCM).
+    guidance as an input (guided LCM). `scheduler` is the stock one that takes the steps, while a
+    callback is called.
     """
 
     guidance_scale: float = 7.5
@@ -58,6 +60,7 @@ class Run:
     add_time_ids: Tensor | None = None
     denoising_start: float | None = None
     denoising_end: float | None = None
+    scheduler: Any = None
 
     @property
     def guides(self) -> bool:
@@ -116,11 +119,12 @@ def tensors_for(
     """
     if callback is not None and not callable(callback):
         raise UserError(
-            f"callback_on_step_end={callback!r} must be a function of (pipeline, step, timestep,"
-            " tensors)"
+            f"callback_on_step_end={shown(callback)} must be a function of (pipeline, step,"
+            " timestep, tensors)"
         )
     own = isinstance(callback, PipelineCallback | MultiPipelineCallbacks)
-    if not own and not paints and list(names or ()) == list(every):
+    listed = list(names) if isinstance(names, list | tuple) else None  # else it is refused later
+    if not own and not paints and listed == list(every):
         return [name for name in every if name not in MASK_TENSORS]
     return callback.tensor_inputs if own else names if names is not None else ()
 
@@ -132,18 +136,28 @@ def halves(negative: Tensor | None, prompted: Tensor) -> Tensor:
 
 
 def watcher(
-    pipeline: Any, run: Run, callback: Callback | None, names: Sequence[str], bar: Any
+    pipeline: Any,
+    run: Run,
+    callback: Callback | None,
+    names: Sequence[str],
+    bar: Any,
+    scheduler: Any = None,
 ) -> loop.Watch:
     """What happens after every step: the caller's callback, the progress bar, an interrupt.
 
-    The callback is handed the tensors in `names`; those that it gives back take their place.
+    The callback is handed the tensors in `names`; those that it gives back take their place. It
+    sees as the pipeline's `scheduler` the stock one that takes the steps, if there is one.
     """
 
     def watch(i: int, t: float, s: float, x: Tensor) -> Tensor | loop.Stop:
         if callback is not None:
             timestep = torch.tensor(int(t) if t.is_integer() else t)
             passed = {name: x if name == "latents" else getattr(run, name) for name in names}
-            changed = _returned(callback(pipeline, i, timestep, passed))
+            run.scheduler = scheduler
+            try:
+                changed = _returned(callback(pipeline, i, timestep, passed))
+            finally:
+                run.scheduler = None
             x = _like(x, changed.get("latents", x))
             for name in pipeline._callback_tensor_inputs[1:]:
                 setattr(run, name, changed.get(name, getattr(run, name)))
@@ -222,6 +236,16 @@ def stop(pipeline: object, value: bool) -> None:
 
 class LiveValues:
     """The names under which stock pipelines show, and let callbacks change, a run's values."""
+
+    @property
+    def scheduler(self) -> Any:
+        """The pipeline's scheduler; in a callback the copy of it that takes the run's steps."""
+        taking = run_of(self).scheduler
+        return self.__dict__["scheduler"] if taking is None else taking
+
+    @scheduler.setter
+    def scheduler(self, value: Any) -> None:
+        self.__dict__["scheduler"] = value
 
     @property
     def guidance_scale(self) -> float:

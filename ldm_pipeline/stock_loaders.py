@@ -8,8 +8,6 @@ methods on our pipelines.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +16,25 @@ from diffusers.loaders import (
     StableDiffusionXLLoraLoaderMixin,
     TextualInversionLoaderMixin,
 )
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models.headers import read_header
+from ldm_pipeline.models.reading import reading
 from ldm_pipeline.models.trust import SAFE, check_adapter
 from ldm_pipeline.stock_arguments import check_safe
 
-LONGEST = 300
-"""Characters of what stock says; it may print whole tensors."""
+NO_LORA = "this LoRA cannot be loaded"
 
 
 class SafeLoaders(TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin):
     """`load_lora_weights` and `load_textual_inversion` for a UNet with one text encoder."""
+
+    def load_lora_weights(self, *told: Any, **named: Any) -> None:
+        """Stock's, with its arguments; `UserError` for pickles and for what does not fit."""
+        with reading(NO_LORA):
+            super().load_lora_weights(*told, **named)
 
     @classmethod
     def lora_state_dict(
@@ -41,7 +43,7 @@ class SafeLoaders(TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin):
         """Stock's, with its arguments, which `load_lora_weights` passes on; `UserError` for
         pickles."""
         told = safely(pretrained_model_name_or_path_or_dict, told)
-        with _said_in_one_line("this LoRA cannot be loaded"):
+        with reading(NO_LORA):
             state: tuple[Any, ...] = super().lora_state_dict(
                 pretrained_model_name_or_path_or_dict, **told
             )
@@ -64,7 +66,7 @@ class SafeLoaders(TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin):
         source = pretrained_model_name_or_path
         for each in source if isinstance(source, list) else [source]:
             told = safely(each, told)
-        with _said_in_one_line("this learnt word cannot be loaded"):
+        with reading("this learnt word cannot be loaded"):
             vectors = _of_two_encoders(source) if text_encoder is None else None
             if vectors is None:
                 super().load_textual_inversion(source, token, tokenizer, text_encoder, **told)
@@ -100,13 +102,18 @@ class SafeLoaders(TextualInversionLoaderMixin, StableDiffusionLoraLoaderMixin):
 class SafeXLLoaders(StableDiffusionXLLoraLoaderMixin):
     """`load_lora_weights` for a UNet with SDXL's two text encoders."""
 
+    def load_lora_weights(self, *told: Any, **named: Any) -> None:
+        """As `SafeLoaders.load_lora_weights`."""
+        with reading(NO_LORA):
+            super().load_lora_weights(*told, **named)
+
     @classmethod
     def lora_state_dict(
         cls, pretrained_model_name_or_path_or_dict: Any, **told: Any
     ) -> tuple[Any, ...]:
         """As `SafeLoaders.lora_state_dict`."""
         told = safely(pretrained_model_name_or_path_or_dict, told)
-        with _said_in_one_line("this LoRA cannot be loaded"):
+        with reading(NO_LORA):
             state: tuple[Any, ...] = super().lora_state_dict(
                 pretrained_model_name_or_path_or_dict, **told
             )
@@ -129,16 +136,3 @@ def _of_two_encoders(source: object) -> dict[str, Tensor] | None:
     if read_header(file).shapes.keys() != {"clip_l", "clip_g"}:
         return None
     return load_file(file)
-
-
-@contextmanager
-def _said_in_one_line(what: str) -> Iterator[None]:
-    """Within the block, what stock raises for a wrong file is a `UserError` of one line."""
-    try:
-        yield
-    except UserError:
-        raise
-    except (ValueError, OSError, SafetensorError) as error:
-        told = " ".join(str(error).split())
-        cut = told if len(told) <= LONGEST else f"{told[:LONGEST]} …"
-        raise UserError(f"{what}: {cut}") from error

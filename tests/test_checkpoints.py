@@ -66,6 +66,30 @@ def test_variants_and_shards(tmp_path: Path, saving: dict[str, Any]) -> None:
     assert one.read_bytes() == other.read_bytes()
 
 
+def test_parts_in_a_variant_beside_plain_ones(tmp_path: Path) -> None:
+    """Each is taken as it is there, by load and by convert."""
+    pipe = pipeline("sd2").to(torch.float16)
+    pipe.save_pretrained(tmp_path / "plain")
+    pipe.save_pretrained(tmp_path / "mixed")
+    whole = tmp_path / "mixed/unet/diffusion_pytorch_model.safetensors"
+    whole.rename(whole.with_suffix(".fp16.safetensors"))
+    loaded = ldm_pipeline.load(tmp_path / "mixed", dtype=torch.float16)
+    wanted = pipe.unet.state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in loaded.unet.state_dict().items())
+    for name in ("plain", "mixed"):
+        to_file(tmp_path / name, tmp_path / f"{name}.safetensors")
+    one, other = (tmp_path / f"{name}.safetensors" for name in ("plain", "mixed"))
+    assert one.read_bytes() == other.read_bytes()
+
+
+def test_an_automatic_dtype_is_float32_as_stock_has_it(
+    ours: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ours.save_pretrained(tmp_path)
+    assert ldm_pipeline.load(tmp_path, torch_dtype="auto").unet.dtype == torch.float32
+    assert "torch_dtype='auto' is float32" in caplog.text
+
+
 def test_arguments_that_do_not_go_with_what_is_opened(ours: Any, tmp_path: Path) -> None:
     ours.save_pretrained(tmp_path / "folder")
     to_file(tmp_path / "folder", tmp_path / "a.safetensors")
@@ -74,7 +98,7 @@ def test_arguments_that_do_not_go_with_what_is_opened(ours: Any, tmp_path: Path)
         ("folder", {"tokenizer": tmp_path}, "tokenizer is for single files"),
         ("folder", {"prediction_type": "epsilon"}, "prediction_type is for single files"),
         ("folder", {"dtype": torch.float16, "torch_dtype": torch.float16}, "pass only dtype"),
-        ("folder", {"torch_dtype": "bfloat17"}, "dtype='bfloat17' is not known"),
+        ("folder", {"torch_dtype": "bfloat17"}, "^torch_dtype='bfloat17' is not known"),
         ("folder", {"dtype": 16}, "dtype=16 must be one of float32, bfloat16"),
         ("folder", {"dtype": 0}, "dtype=0 must be"),
         ("folder", {"dtype": torch.int8}, "dtype=torch.int8 must be"),

@@ -27,6 +27,8 @@ def read_loras(texts: Sequence[str], flag: str = "--lora=") -> tuple[tuple[str, 
             if colon and Path(file).is_file():
                 raise UserError(f"{flag}{text}: {last!r} is no weight; write {file}:0.8")
             file, weight = text, 1.0
+        if not file:
+            raise UserError(f"{flag}{text} names no file; name a LoRA")
         check_weight(file, weight)
         inspect(file)
         loras.append((file, weight))

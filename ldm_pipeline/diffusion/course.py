@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -36,6 +36,7 @@ class Course:
     noisy  noisy(z, noise, t) -> z at level t, in the scale in which this sampler keeps x
     skip   skip(k) tells the step, before it is first asked, that the run begins at times[k]
     order  how many of the levels make one step (2 for stock's Heun)
+    own    the stock scheduler that takes the steps, where there is one
     """
 
     times: tuple[float, ...]
@@ -44,6 +45,7 @@ class Course:
     noisy: Callable[[Tensor, Tensor, float], Tensor]
     skip: Callable[[int], None] = _goes_anywhere
     order: int = 1
+    own: Any = None
 
     def between(self, high: float, low: float) -> Course:
         """The part of this course that starts below level `high` and takes no step from one below

@@ -172,9 +172,14 @@ def check_filled(folder: Path, parts: Mapping[str, Any], given: Collection[str] 
 
 
 def only_variant(folder: Path) -> str | None:
-    """The variant ("fp16") that all weights of `folder` come in, or None where some are plain."""
-    variants = {variant_of(file) for file in folder.glob(f"*/*{SAFE}")}
-    return variants.pop() if len(variants) == 1 and "" not in variants else None
+    """The one variant ("fp16") of all weights of `folder` that there are no plain ones of; None
+    where there are plain ones of each, or no such variant."""
+    parts: dict[Path, set[str]] = {}
+    for file in folder.glob(f"*/*{SAFE}"):
+        parts.setdefault(file.parent, set()).add(variant_of(file))
+    lacking = [found for found in parts.values() if "" not in found]
+    common = set[str].intersection(*lacking) if lacking else set()
+    return common.pop() if len(common) == 1 else None
 
 
 def weight_files(component: Path) -> list[Path]:

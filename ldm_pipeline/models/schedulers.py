@@ -183,7 +183,7 @@ class StockSampler:
             if hasattr(own, "set_begin_index"):
                 own.set_begin_index(begin + k)
 
-        return Course(times, step, first, noisy, skip, getattr(own, "order", 1))
+        return Course(times, step, first, noisy, skip, getattr(own, "order", 1), own)
 
     def _set(self, own: Any, n: int, strength: float, exact: bool) -> int:
         """Set the copy's timesteps; how many of the steps that they make are left out."""

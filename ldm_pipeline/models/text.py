@@ -169,6 +169,7 @@ def asking(
     device = device if device is not None else text_encoder.device
 
     def ask(ids: Tensor, mask: Tensor) -> tuple[Tensor, None]:
+        _check_known(text_encoder, ids)
         ids = ids.to(device)
         told = mask.to(device) if reads_mask(text_encoder) else None
         if clip_skip is None:
@@ -195,6 +196,7 @@ def asking_inner(
     device = device if device is not None else text_encoder.device
 
     def ask(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | None]:
+        _check_known(text_encoder, ids)
         said = text_encoder(ids.to(device), output_hidden_states=True)
         return said.hidden_states[-(2 + (clip_skip or 0))], getattr(said, "text_embeds", None)
 
@@ -233,6 +235,18 @@ def check_reader(tokenizer: CLIPTokenizer | None, text_encoder: Any) -> None:
             f"this model's tokenizer fills texts up with {tokenizer.pad_token!r}, number"
             f" {tokenizer.pad_token_id}, and its text encoder knows {rows} tokens; mend pad_token"
             " in its tokenizer_config.json"
+        )
+
+
+def _check_known(text_encoder: Any, ids: Tensor) -> None:
+    """Raise `UserError` for tokens that the encoder has no embedding for; those that are on a
+    device already, as in training, are let be, as looking at them would wait for it."""
+    rows = text_encoder.get_input_embeddings().num_embeddings
+    if ids.device.type == "cpu" and int(ids.max()) >= rows:
+        raise UserError(
+            f"the tokenizer finds token number {int(ids.max())} in this prompt, and the text"
+            f" encoder knows {rows} tokens: a word was added to one of them alone"
+            " (load_textual_inversion teaches both)"
         )
 
 

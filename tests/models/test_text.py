@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -74,6 +75,19 @@ def test_clip_skip(words: tuple[Any, Any]) -> None:
 
 def test_gradients_flow(words: tuple[Any, Any]) -> None:
     assert text.encode(*words, ["a red star"]).requires_grad
+
+
+def test_a_word_that_the_encoder_never_learnt(words: tuple[Any, Any]) -> None:
+    """Named by its number, before torch fails on it."""
+    tokenizer, text_encoder = words
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["sks"])
+    rows = text_encoder.get_input_embeddings().num_embeddings
+    assert text.encode(tokenizer, text_encoder, ["a star"]).isfinite().all()
+    for ask in (text.asking, text.asking_inner):
+        tokens = text.tokenise(tokenizer, ["a sks star"])
+        with pytest.raises(UserError, match=rf"number {len(tokenizer) - 1} .* knows {rows} tokens"):
+            ask(text_encoder)(tokens.input_ids, tokens.attention_mask)
 
 
 def test_no_encoder(words: tuple[Any, Any]) -> None:

@@ -180,6 +180,18 @@ def with_callback(callback: Callable[[], Any], *names: str) -> Compare:
     return compare
 
 
+def read_scheduler() -> Callable[..., dict[str, Any]]:
+    """What the pipeline's scheduler says of the run under way decides how the latents change."""
+
+    def callback(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        own = pipe.scheduler
+        assert float(own.timesteps[own.step_index - 1]) == float(t)
+        share = float(own.sigmas[own.step_index] / own.sigmas[0]) + len(own.timesteps) / 100
+        return {"latents": tensors["latents"] * (1 - share / 10)}
+
+    return callback
+
+
 def change_mask() -> Callable[..., dict[str, Any]]:
     def callback(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
         tensors["mask"] = tensors["mask"].roll(1, dims=-1)
@@ -431,6 +443,7 @@ FEATURES: dict[str, dict[str, Compare]] = {  # a row of the README, and what it 
         "that change latents": with_callback(change_latents),
         "that change embeddings": with_callback(change_embeds),
         "that change guidance": with_callback(change_guidance),
+        "that read the scheduler": with_callback(read_scheduler, "latents"),
         "that change the mask": with_callback(change_mask, "mask"),
         "that interrupt": with_callback(stop_early),
         "stock's own": cut_guidance,

@@ -66,6 +66,25 @@ def test_adapter_files_go_both_ways(pair: Any, tmp_path: Path) -> None:
         writer.text_encoder.delete_adapter("default")
 
 
+@pytest.mark.parametrize("build", ["tiny", "tiny_xl"])
+def test_what_does_not_fit_is_one_line(build: str, request: Any, tmp_path: Path) -> None:
+    """Of another model, or with shapes of none; the pipeline draws what it drew."""
+    kind = LatentDiffusionPipeline if build == "tiny" else LatentDiffusionXLPipeline
+    pipe = kind(**request.getfixturevalue(build)())
+    before = draw(pipe)
+    block = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    for k, (down, up) in enumerate([((2, 5), (7, 2)), ((2,), (3,)), ((0, 5), (7, 0))]):
+        weights = {
+            f"{block}.lora_A.weight": torch.ones(down),
+            f"{block}.lora_B.weight": torch.ones(up),
+        }
+        save_file(weights, tmp_path / f"{k}.safetensors")
+        with pytest.raises(UserError, match="this LoRA cannot be loaded: ") as caught:
+            pipe.load_lora_weights(str(tmp_path / f"{k}.safetensors"))
+        assert "\n" not in str(caught.value)
+    assert torch.equal(draw(pipe), before)
+
+
 def test_learnt_words(pair: Any) -> None:
     """A word of two vectors (textual inversion) is read as two tokens."""
     learnt = {"<mine>": torch.randn(2, 32, generator=torch.Generator().manual_seed(1))}

@@ -116,9 +116,9 @@ def _stem(component: str) -> str:
 
 def _weights(folder: Path, component: str) -> dict[str, Stored]:
     """The tensors of a component, in one file or in shards."""
-    variant = folders.only_variant(folder)
-    stem, infix = _stem(component), f".{variant}" if variant else ""
     place = folder / component
+    variant = next(map(folders.variant_of, folders.weight_files(place)), "")
+    stem, infix = _stem(component), f".{variant}" if variant else ""
     whole = place / f"{stem}{infix}.safetensors"
     shards = place / f"{stem}.safetensors.index{infix}.json"
     if whole.is_file():

@@ -131,6 +131,15 @@ REFINER = replace(
 )
 FAMILIES = (SD1, SD2, SDXL, REFINER)
 
+LABELS = f"{UNET}label_emb."
+"""What tells the UNets that hear pooled texts and sizes, as SDXL's, or pictures."""
+
+_EDM = {
+    "edm_mean": "Playground v2.5; take its folder in Diffusers layout",
+    "edm_vpred.sigma_max": "CosXL; there is no pipeline for such models here",
+}
+"""Tensors of models whose noise levels are EDM's (2206.00364), beside SDXL's tensors."""
+
 _OTHERS = {
     "double_blocks.": "a FLUX model",
     "joint_blocks.": "a Stable Diffusion 3 model",
@@ -145,6 +154,7 @@ def family_of(file: object, keys: Collection[str]) -> Family:
     if UNET + FIRST in keys:
         for family in FAMILIES:
             if all(any(key.startswith(part.mark) for key in keys) for part in family.texts):
+                _check_levels_and_labels(file, keys, family)
                 return family
     for sign, kind in _OTHERS.items():
         if any(sign in key for key in keys):
@@ -159,6 +169,24 @@ def family_of(file: object, keys: Collection[str]) -> Family:
         f"{file} holds no model in the original layout of Stable Diffusion 1.x, 2.x or SDXL: it"
         f" has no tensor {UNET}{FIRST}"
     )
+
+
+def _check_levels_and_labels(file: object, keys: Collection[str], family: Family) -> None:
+    """Raise `UserError` for relatives of a family that have its tensors and draw otherwise."""
+    for sign, which in _EDM.items():
+        if sign in keys:
+            raise UserError(f"{file} has {sign!r}: its noise levels are EDM's, as of {which}")
+    labelled = any(key.startswith(LABELS) for key in keys)
+    if labelled and not family.is_xl:
+        raise UserError(
+            f"{file} has {family.name}'s text encoder, and a UNet that hears more than texts"
+            f" ({LABELS}…), as unCLIP's; there is no pipeline for such models here"
+        )
+    if family.is_xl and not labelled:
+        raise UserError(
+            f"{file} has {family.name}'s text encoders, and a UNet that does not hear sizes (no"
+            f" {LABELS}…); take a file of one whole model"
+        )
 
 
 def family_for(parts: Collection[str], encoder: Mapping[str, Any]) -> Family:

@@ -40,7 +40,8 @@ def vocabulary(file: Path, size: int, folder: Path | None = None) -> Files:
     raise UserError(
         f"{file} needs CLIP's tokenizer ({size} words), which is not on this machine: put it beside"
         " the file, as a folder called tokenizer; or name a folder that has it, such as a Stable"
-        " Diffusion model in Diffusers layout (ldm convert --tokenizer FOLDER, load(tokenizer=…));"
+        " Diffusion model in Diffusers layout (ldm convert --tokenizer FOLDER, load(tokenizer=…),"
+        " from_single_file(config=…));"
         " or once, online: hf download openai/clip-vit-large-patch14 vocab.json merges.txt, or"
         " pip install --no-deps open_clip_torch"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import shutil
 import socket
 import zlib
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from diffusers.loaders import single_file_utils as stock
 from safetensors.torch import load_file, save_file
 
 import ldm_pipeline
+from ldm_pipeline import LatentDiffusionPipeline
 from ldm_pipeline.cli import main
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.models import bundled
@@ -59,6 +61,61 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(socket, "socket", refuse)
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+@pytest.mark.parametrize(
+    ("kind", "key", "said"),
+    [
+        ("sdxl", "edm_mean", "EDM's, as of Playground v2.5"),
+        ("sdxl", "edm_vpred.sigma_max", "EDM's, as of CosXL"),
+        (
+            "sd2",
+            "model.diffusion_model.label_emb.0.0.weight",
+            "Stable Diffusion 2.x's text encoder",
+        ),
+        ("sdxl", "", "a UNet that does not hear sizes"),
+    ],
+)
+def test_relatives_with_a_family_s_tensors_are_refused(
+    kind: str, key: str, said: str, made: Made, tmp_path: Path
+) -> None:
+    """They would draw another picture, without a word."""
+    tensors = load_file(made[kind][2])
+    if key:
+        tensors[key] = torch.zeros(4)
+    else:
+        tensors = {name: value for name, value in tensors.items() if "label_emb" not in name}
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=said):
+        ldm_pipeline.load(tmp_path / "a.safetensors")
+    assert main(["convert", str(tmp_path / "a.safetensors"), str(tmp_path / "new")]) == 2
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.usefixtures("_no_network")
+def test_a_folder_of_configs_tells_the_scheduler_and_the_words(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with stock, whose way to do without the hub it is."""
+    pipe, folder, file = made["sd1"]
+    bare = plain(Path(shutil.copy(file, tmp_path / "bare.safetensors")))
+    monkeypatch.setattr(tokenizers, "_places", lambda file: iter(()))
+    monkeypatch.setattr(tokenizers, "_of_open_clip", lambda: None)
+    config = tmp_path / "config"
+    for part in ("tokenizer", "scheduler"):
+        shutil.copytree(folder / part, config / part)
+    told = config / "scheduler/scheduler_config.json"
+    contents = {**json.loads(told.read_text()), "prediction_type": "v_prediction"}
+    told.write_text(json.dumps(contents))
+    opened = LatentDiffusionPipeline.from_single_file(bare, config=str(config))
+    assert opened.scheduler.config.prediction_type == "v_prediction"
+    assert type(opened.scheduler) is type(pipe.scheduler)
+    same = type(pipe.scheduler).from_config(contents)
+    stock_pipe = DiffusionPipeline.from_pretrained(folder, scheduler=same)
+    assert torch.equal(drawn(opened), drawn(stock_pipe))
+    told.write_text(json.dumps({**contents, "_class_name": "os.system"}))
+    with pytest.raises(UserError, match=r"os\.system"):
+        LatentDiffusionPipeline.from_single_file(bare, config=config)
 
 
 def drawn(pipe: Any) -> torch.Tensor:
