@@ -171,7 +171,7 @@ def _trained(scheduler: Mapping[str, Any]) -> int:
     betas, told = scheduler.get("trained_betas"), scheduler.get("num_train_timesteps")
     if isinstance(betas, list) and betas:
         return len(betas)
-    return told if isinstance(told, int) else USUAL_LEVELS
+    return told if isinstance(told, int) and told > 0 else USUAL_LEVELS  # loading refuses others
 
 
 def _hears(config: dict[str, Any]) -> bool:

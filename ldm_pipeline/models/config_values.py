@@ -16,6 +16,9 @@ from ldm_pipeline.request import MAX_SIDE
 MOST_LEVELS = 100_000
 """Noise levels of a schedule; known ones have 1,000, and each takes memory."""
 
+MOST_CHANNELS = 10_000
+"""Of pictures or latents; known models have 3 to 32."""
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "score")
 """What a network may answer: `diffusion.prediction`'s, without torch."""
 
@@ -62,6 +65,11 @@ def _sides(value: Any, _: Mapping[str, Any]) -> str | None:
     return None if fine else f"a whole number from 1 to {MAX_SIDE // 8}, or two of them"
 
 
+def _channels(value: Any, _: Mapping[str, Any]) -> str | None:
+    fine = _is_whole(value) and 1 <= value <= MOST_CHANNELS
+    return None if fine else f"a whole number from 1 to {MOST_CHANNELS}"
+
+
 def _levels(value: Any, _: Mapping[str, Any]) -> str | None:
     fine = _is_whole(value) and 1 <= value <= MOST_LEVELS
     return None if fine else f"a whole number from 1 to {MOST_LEVELS}"
@@ -95,12 +103,19 @@ def _is_whole(value: object) -> bool:
 
 CHECKS: dict[str, dict[str, Check]] = {
     "vae": {
+        "in_channels": _channels,
+        "latent_channels": _channels,
         "scaling_factor": _positive,
         "shift_factor": _number,
         "latents_mean": _of_channels,
         "latents_std": _spreads,
     },
-    "unet": {"sample_size": _sides},
+    "unet": {
+        "sample_size": _sides,
+        "in_channels": _channels,
+        "out_channels": _channels,
+        "norm_eps": _positive,
+    },
     "scheduler": {
         "num_train_timesteps": _levels,
         "trained_betas": _betas,
