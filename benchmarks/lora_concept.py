@@ -1,9 +1,11 @@
 """What 24 pictures teach the bundled model, and what it forgets. Run by hand:
 
     python benchmarks/lora_concept.py [cactus|comic] [--prompts 100] [--config FILE]
+        [--processes 2]
 
-Writes the concept's folder and one of ordinary pictures, trains a LoRA as the configuration says,
-and has the judge read what is drawn with and without it:
+Writes the concept's folder and one of ordinary pictures, trains a LoRA by the command that the
+README names, on as many processes as told (what else stands here is passed on to it), and has the
+judge read what is drawn with and without it:
 
     concept     prompts that put it in colours, places and company that no training picture showed:
                 how often it appears (aim 0.90)
@@ -16,6 +18,8 @@ and has the judge read what is drawn with and without it:
 from __future__ import annotations
 
 import argparse
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -35,8 +39,7 @@ from ldm_pipeline.evaluation.metrics import Share
 from ldm_pipeline.evaluation.report import judged
 from ldm_pipeline.lora.attach import attach
 from ldm_pipeline.training.config import parse
-from ldm_pipeline.training.engine import fit
-from ldm_pipeline.training.lora import LoraConfig, LoraObjective
+from ldm_pipeline.training.lora import LoraConfig
 
 BATCH = 16
 ORDINARY = 600  # pictures of the world beside the concept's, as in the configuration's first lines
@@ -71,6 +74,7 @@ def main() -> None:
     parser.add_argument("name", nargs="?", default="cactus", choices=tuple(CONCEPTS))
     parser.add_argument("--prompts", type=int, default=100, help="(%(default)s)")
     parser.add_argument("--config", default="configs/lora_tiny.yaml", help="(%(default)s)")
+    parser.add_argument("--processes", type=int, default=2, help="that train (%(default)s)")
     args, more = parser.parse_known_args()
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -79,15 +83,21 @@ def main() -> None:
         told = ["--data.source", str(folder / "pictures"), "--data.cache", str(folder / "cache")]
         told += ["--data.regularisation", str(folder / "world")]
         out = ["--run.out", str(folder / "run")]
-        config = parse(LoraConfig, ["--config", args.config, *told, *out, *more])
+        words = ["--config", args.config, *told, *out, *more]
+        config = parse(LoraConfig, words)
         began = time.perf_counter()
-        final = fit(LoraObjective(config, opened), config)
+        launch = ["-m", "accelerate.commands.launch", "--num_processes", str(args.processes)]
+        subprocess.run([sys.executable, *launch, "train/train_lora.py", *words], check=True)
         minutes = (time.perf_counter() - began) / 60
+        final = config.run.out / "final"
         pipes = {"without": opened(config.model, torch.float32)}
         for name, weight in (("with", 1.0), ("weight 0", 0.0)):
             pipes[name] = opened(config.model, torch.float32)
             attach(pipes[name], [(final, weight)])
-    print(f"{args.name}: 24 pictures, {config.run.steps} steps, {minutes:.1f} minutes")
+    print(
+        f"{args.name}: 24 pictures, {config.run.steps} steps of {config.run.batch_size} on"
+        f" {args.processes} processes, {minutes:.1f} minutes"
+    )
     samples = [World(0, "test")[i] for i in range(args.prompts)]
     pictures = {}
     for name in ("without", "with"):
