@@ -83,6 +83,10 @@ SCHEDULER: dict[str, object] = {
 signal at its last level that the starting noise would decide the background's colour."""
 
 
+MOST_SNR = 10.0
+"""An error in pixels weighs its level's signal-to-noise ratio, capped here (as 2303.09556 does)."""
+
+
 class UnetSettings(ShapeSettings):
     """The shape of the UNet, level by level from the finest; the middle always attends."""
 
@@ -253,9 +257,13 @@ class LatentDiffusionObjective(nn.Module):
         """The mean squared error in pixels of what the network's answer about x says is x0, each
         weighted by its level."""
         assert self.shown is not None
-        z, t = batch["z"], batch["t"]
+        z, t, corner = batch["z"], batch["t"], batch["corner"]
         x0 = interpret(PREDICTS, answer.to(z.dtype), x, *self.schedule.coefficients(t, like=z)).x0
-        return self.shown.errors(x0, z, batch["corner"], self.schedule.log_snr(t).exp()).mean()
+        with torch.no_grad():
+            truth = self.shown(z, corner)
+        errors = (self.shown(x0, corner) - truth).square().flatten(1).mean(dim=1)
+        weights = self.schedule.log_snr(t).exp().clamp(max=MOST_SNR)
+        return (weights.to(errors.dtype) * errors).mean()
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:

@@ -18,14 +18,13 @@ from torch import Tensor
 
 from ldm_pipeline.diffusion.losses import Loss, denoising_errors, loss_weights
 from ldm_pipeline.diffusion.noise import coarse_noise
-from ldm_pipeline.diffusion.prediction import interpret, target
+from ldm_pipeline.diffusion.prediction import target
 from ldm_pipeline.training.adapter_config import AdapterConfig, AdapterSettings
 from ldm_pipeline.training.adapting import AdapterObjective, OpenModel
 from ldm_pipeline.training.captioned import Captioned, CaptionedSettings, Sample
 from ldm_pipeline.training.config import NonNegativeFloat, PositiveFloat, Settings
 from ldm_pipeline.training.levels import LevelSettings
 from ldm_pipeline.training.objective import Batch
-from ldm_pipeline.training.pixels import PixelSettings, Quarters, a_corner
 from ldm_pipeline.training.start import precision
 
 
@@ -66,7 +65,6 @@ class LoraConfig(AdapterConfig):
     lora: LoraAdapterSettings = LoraAdapterSettings()
     loss: LossSettings = LossSettings()
     levels: LevelSettings = LevelSettings(uniform=1.0)
-    pixels: PixelSettings = PixelSettings()
 
     @model_validator(mode="after")
     def _keeps_something(self) -> LoraConfig:
@@ -100,9 +98,6 @@ class LoraObjective(AdapterObjective):
             train_texts=config.lora.text_encoder,
         )
         self.loss = config.loss.loss()
-        self.shown: Quarters | None = None
-        if config.pixels.weight:
-            self.shown = Quarters(config.pixels, self.unet, config.model == "bundled")
 
     def _drawn(
         self, sample: Sample, position: int, share: float | None = None
@@ -116,8 +111,7 @@ class LoraObjective(AdapterObjective):
     def _level(self, rng: np.random.Generator, share: float | None) -> dict[str, Tensor]:
         levels = self.schedule.num_train_timesteps
         drawn = self.config.levels.draw(rng, levels) if share is None else int(share * levels)
-        told = {"t": torch.tensor(drawn)}
-        return told if self.shown is None else {**told, "corner": a_corner(rng)}
+        return {"t": torch.tensor(drawn)}
 
     def _noise(self, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         settings = self.config.loss
@@ -159,16 +153,9 @@ class LoraObjective(AdapterObjective):
         return {**group, "wanted": torch.where(regularises, wanted, told)}
 
     def _errors(self, group: dict[str, Tensor]) -> Tensor:
-        """The plain penalty of each sample of a group, [n]; where the adapter learns and `pixels`
-        asks for it, that of its picture, too. Validations stay comparable, whatever its weight."""
-        network, answers = self.conditioning.network(self._called(), self._encoded(group)), []
-
-        def told_of(x: Tensor, t: Tensor) -> Tensor:
-            answers.append((x, network(x, t)))
-            return answers[-1][1]
-
-        errors = denoising_errors(
-            told_of,
+        """The plain penalty of each sample of a group, [n]."""
+        return denoising_errors(
+            self.conditioning.network(self._called(), self._encoded(group)),
             self.schedule,
             self.kind,
             group["z"],
@@ -178,16 +165,3 @@ class LoraObjective(AdapterObjective):
             mask=group["mask"],
             wanted=group.get("wanted"),
         )
-        if self.shown is None or not torch.is_grad_enabled():
-            return errors
-        return errors + self.config.pixels.weight * self._in_pixels(*answers[0], group)
-
-    def _in_pixels(self, x: Tensor, answer: Tensor, group: dict[str, Tensor]) -> Tensor:
-        """How far the answer about x is from a right one as pictures, [n]."""
-        assert self.shown is not None
-        z, t, wanted = group["z"], group["t"], group.get("wanted")
-        at = x, *self.schedule.coefficients(t, like=z)
-        clean = z if wanted is None else interpret(self.kind, wanted.to(z.dtype), *at).x0
-        x0 = interpret(self.kind, answer.to(z.dtype), *at).x0
-        snr = self.schedule.log_snr(t).exp()
-        return self.shown.errors(x0, clean, group["corner"], snr, group["mask"])

@@ -6,8 +6,7 @@ changes in the picture (2411.04873 compares features of the decoder instead). Of
 quarter is decoded, any of the four, so that the task adds a fifteenth to a step.
 
 Legend
-    z, x0    latents [B, C, h, w], in the UNet's units; x0 is what a network believes
-    snr      signal-to-noise ratio of each sample's level [B]
+    z        latents [B, C, h, w], in the UNet's units
     corner   which quarter, [B, 2]: 0 or 1 for the upper or lower half, the left or right one
 """
 
@@ -17,17 +16,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from ldm_pipeline.diffusion.losses import mean_over
 from ldm_pipeline.models import autoencoder, small_decoder
 from ldm_pipeline.processes.ranks import launched
 from ldm_pipeline.training.config import NonNegativeFloat, Settings
-
-MOST_SNR = 10.0
-"""An error in pixels weighs its level's signal-to-noise ratio, capped here (as 2303.09556 does)."""
 
 
 class PixelSettings(Settings):
@@ -62,19 +56,6 @@ class Quarters:
         raw = autoencoder.unscaled(self._small, quarter(z, corner))
         shown: Tensor = self._small.decoder(raw)
         return shown.float()
-
-    def errors(
-        self, x0: Tensor, z: Tensor, corner: Tensor, snr: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
-        """The mean squared error in pixels of each sample's x0 beside z, [B], weighted by its
-        level; over what a mask [B, 1, h, w] covers."""
-        with torch.no_grad():
-            truth = self(z, corner)
-        shown = self(x0, corner)
-        if mask is not None:
-            mask = F.interpolate(quarter(mask, corner), shown.shape[2:])
-        errors = mean_over((shown - truth).square(), mask)
-        return snr.clamp(max=MOST_SNR).to(errors.dtype) * errors
 
 
 def a_corner(rng: np.random.Generator) -> Tensor:

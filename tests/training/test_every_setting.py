@@ -402,8 +402,6 @@ OWN: dict[type[TrainingConfig], dict[str, Change]] = {
         "levels.mean": Change(batch, 1.0, NOT_UNIFORM),
         "levels.std": Change(batch, 2.0, NOT_UNIFORM),
         "levels.uniform": Change(batch, 0.0),
-        "pixels.weight": Change(gradients, 0.5, {"pixels.decoder": "small decoder"}),
-        "pixels.decoder": Change(gradients, "another small decoder", PIXELS),
         "gradient_checkpointing": Change(recomputed, True),
         "pictures.prompts": Change(picture, ["red"], {"pictures.steps": 1}),
         "pictures.steps": Change(picture, 2, SHOWN),

@@ -36,7 +36,6 @@ from ldm_pipeline.training.engine import Interrupted, fit
 from ldm_pipeline.training.lora import LoraConfig, LoraObjective
 from ldm_pipeline.training.lora_export import origin, shared_words
 from ldm_pipeline.training.objective import Batch
-from tests.conftest import tiny_small_vae
 from tests.training import laws
 from tests.training.conftest import captioned
 
@@ -259,51 +258,6 @@ def test_regularisation_pictures_come_as_often_and_count_as_told(
         assert sum(not item.regularisation for item in epochs) == 6
     seen = {data.sample(i).item.key for i in range(2 * data.epoch)}
     assert {f"regularisation:{i}.png" for i in range(4)} <= seen
-
-
-@pytest.mark.parametrize("regularise_to", ["pictures", "answers"])
-def test_pixels_are_compared_beside_the_noise(
-    folder: Path, opened: Counted, tmp_path: Path, regularise_to: str
-) -> None:
-    """Of a quarter of what the answer says is x0, weighted by its level, over what the mask covers;
-    own answers are compared with own pictures. Not where nothing is learnt."""
-    small = tiny_small_vae()
-    small.save_pretrained(tmp_path / "small")
-    Image.fromarray(np.tri(64, dtype=np.uint8) * 255).save(folder / "0.mask.png")
-    told: dict[str, Any] = {
-        "data": {
-            "regularisation": str(captioned(tmp_path / "kept", [(64, 64)] * 3)), "held_out": 0.0,
-        },
-        "loss": {"regularise_to": regularise_to},
-    }  # fmt: skip
-    pixels = {"weight": 0.5, "decoder": str(tmp_path / "small")}
-    plain = LoraObjective(config_of(folder, **told), opened)
-    objective = LoraObjective(config_of(folder, pixels=pixels, **told), opened)
-    base, masked = opened("", torch.float32), 0
-    for group in objective.batch(range(56))["groups"]:
-        ready = objective._ready(group)
-        more = (objective._errors(ready) - plain._errors(ready)).tolist()
-        with torch.no_grad():
-            assert torch.equal(objective._errors(ready), plain._errors(ready))
-            levels = objective.schedule.coefficients(ready["t"], like=ready["z"])
-            a, sig = map(torch.as_tensor, levels)
-            x = a * ready["z"] + sig * ready["eps"]
-            said = bind(base.unet, ready["embeds"])(x, ready["t"])  # the adapter is still zero
-        for i, corner in enumerate(ready["corner"]):
-            half = [side // 2 for side in ready["z"].shape[2:]]  # these are even
-            down, across = (int(c) * n for c, n in zip(corner, half, strict=True))
-            cut = slice(down, down + half[0]), slice(across, across + half[1])
-            x0 = (x - sig * said)[i] / a[i]
-            own = regularise_to == "answers" and bool(ready["regularises"][i])
-            clean = x0 if own else ready["z"][i]
-            with torch.no_grad():
-                apart = torch.sub(*(small.decoder(v[None, :, *cut] / 0.7) for v in (x0, clean)))
-            covered = ready["mask"][i, :, *cut].repeat_interleave(2, 1).repeat_interleave(2, 2)
-            masked += int(0 < covered.mean() < 1)
-            mean = (apart**2 * covered).sum() / (3 * covered.sum()).clamp(min=1e-6)
-            snr = min(float(a[i] / sig[i]) ** 2, 10.0)
-            assert more[i] == pytest.approx(0.5 * snr * float(mean), rel=1e-2, abs=1e-4)
-    assert masked
 
 
 def calls_of(unet: Any) -> list[int]:
