@@ -200,9 +200,11 @@ class FolderPipeline(DiffusionPipeline):
         hub = {name: parts[name] for name in OF_A_DOWNLOAD if name in parts}
         config = parts.get("config")
         if isinstance(config, str | os.PathLike) and Path(config).expanduser().is_dir():
-            del parts["config"]
-            parts = {**_scheduler_in(Path(config).expanduser()), **parts}
-            tokenizer_folder = config if tokenizer_folder is None else tokenizer_folder
+            told = Path(parts.pop("config")).expanduser()
+            if "scheduler" not in parts:
+                parts |= _scheduler_in(told)
+            if tokenizer_folder is None and any(told.glob("tokenizer*")):
+                tokenizer_folder = told
         parts = of_a_file(cls.__name__, parts)
         parts = heard(cls.__name__, cls._get_signature_types(), parts)
         check_path("pretrained_model_link_or_path", pretrained_model_link_or_path)

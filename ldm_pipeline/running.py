@@ -241,7 +241,11 @@ class LiveValues:
     def scheduler(self) -> Any:
         """The pipeline's scheduler; in a callback the copy of it that takes the run's steps."""
         taking = run_of(self).scheduler
-        return self.__dict__["scheduler"] if taking is None else taking
+        if taking is not None:
+            return taking
+        if "scheduler" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__} has no scheduler yet")
+        return self.__dict__["scheduler"]
 
     @scheduler.setter
     def scheduler(self, value: Any) -> None:

@@ -141,6 +141,23 @@ def test_callbacks_of_four_threads_see_their_own_runs(ours: Any) -> None:
         assert torch.equal(a, b)
 
 
+def test_a_callback_sees_the_run_s_scheduler_and_nobody_else_does(ours: Any) -> None:
+    """Nor after a callback that fails; a pipeline that is not built yet has none."""
+    own, seen = ours.scheduler, []
+
+    def callback(pipe: Any, i: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(pipe.scheduler)
+        draw(pipe, PROMPTS[0], seed=1)  # a run within this one has its own
+        assert pipe.scheduler is seen[-1]
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        draw(ours, PROMPTS[0], callback_on_step_end=callback)
+    assert seen[0] is not own
+    assert ours.scheduler is own
+    assert not hasattr(object.__new__(LatentDiffusionPipeline), "scheduler")
+
+
 def test_no_names_of_tensors_are_none_for_the_callback(ours: Any) -> None:
     """As stock pipelines take None; a callback is then handed an empty dictionary."""
     handed: list[dict[str, Any]] = []

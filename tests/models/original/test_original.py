@@ -113,6 +113,11 @@ def test_a_folder_of_configs_tells_the_scheduler_and_the_words(
     same = type(pipe.scheduler).from_config(contents)
     stock_pipe = DiffusionPipeline.from_pretrained(folder, scheduler=same)
     assert torch.equal(drawn(opened), drawn(stock_pipe))
+    shutil.rmtree(config / "tokenizer")
+    alone = LatentDiffusionPipeline.from_single_file(
+        bare, config=config, tokenizer=pipe.tokenizer, scheduler=pipe.scheduler
+    )
+    assert alone.scheduler.config.prediction_type == "epsilon", "what is passed comes first"
     told.write_text(json.dumps({**contents, "_class_name": "os.system"}))
     with pytest.raises(UserError, match=r"os\.system"):
         LatentDiffusionPipeline.from_single_file(bare, config=config)
