@@ -14,22 +14,25 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from pydantic import Field, model_validator
+from torch import Tensor
 
 from ldm_pipeline.data import captioned, wording
 from ldm_pipeline.data.buckets import CENTRE, Buckets, Transform, aspect_buckets, crop_at, one_size
 from ldm_pipeline.data.cache import Cache, Entry, Share, fill, key_of
 from ldm_pipeline.data.captioned import Item
-from ldm_pipeline.data.decoding import read_size
+from ldm_pipeline.data.decoding import Picture, read_size
 from ldm_pipeline.data.order import epoch_order
 from ldm_pipeline.data.sources import BadPicture
 from ldm_pipeline.errors import UserError
@@ -48,6 +51,11 @@ from ldm_pipeline.training.config import (
 from ldm_pipeline.training.shares import one_on_each_machine_first
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+AT_ONCE = 8
+"""Texts, or small pictures, that go through an encoder in one call."""
+PIXELS_AT_ONCE = 2**18
+"""Of the pictures of one call, if there is more than one."""
 
 
 class CaptionSettings(Settings):
@@ -310,10 +318,10 @@ def _key(item: Item, transform: Transform) -> str:
 def cached_latents(data: Captioned, vae: AutoencoderKL, share: Share) -> Cache:
     """Mean, std and mask of every sample's latents; samples that fail are left out of `data`.
 
-    Pictures are encoded one by one, in the precision of the run and of the autoencoder: what else
-    was missing decides no bit of an entry. Raises `UserError` for latents that are not finite (an
-    autoencoder in half precision can overflow, and what it then says must not be kept), and where
-    processes would train on different samples.
+    They are encoded in the precision of the run and of the autoencoder, always as many of one size
+    in a call (`parts`). Raises `UserError` for latents that are not finite (an autoencoder in half
+    precision can overflow, and what it then says must not be kept), and where processes would train
+    on different samples.
     """
     samples = sorted(data.every(), key=lambda sample: sample.transform.bucket)
     computed_in = torch.bfloat16 if data.precision == "bf16" else vae.dtype
@@ -321,11 +329,23 @@ def cached_latents(data: Captioned, vae: AutoencoderKL, share: Share) -> Cache:
     cache = Cache(data.settings.cache / "latents" / key)
 
     @in_memory("while pictures were encoded")
+    @torch.no_grad()
     def encode(indices: Sequence[int]) -> list[Entry | None]:
-        return [_encoded(samples[i], vae, data.settings.strict) for i in indices]
+        asked = [samples[i] for i in indices]
+        loaded = [(sample, _loaded(sample, data.settings.strict)) for sample in asked]
+        sound = [(sample, picture) for sample, picture in loaded if picture is not None]
+        entries: dict[str, Entry] = {}
+        for bucket, alike in groupby(sound, lambda pair: pair[0].transform.bucket):
+            for part, filled in parts(list(alike), _at_once(bucket)):
+                x = torch.cat([to_tensor(s.transform.picture(p.pixels)) for s, p in filled])
+                mean, std = autoencoder.encode(vae, x.to(vae.device, vae.dtype))
+                for pair, *told in zip(part, mean, std, strict=False):
+                    entries[pair[0].key] = _entry(*pair, *told)
+        return [entries.get(sample.key) for sample in asked]
 
+    most = max((_at_once(sample.transform.bucket) for sample in samples), default=1)
     with autoencoder.quick(vae, data.precision):
-        fill(cache, [sample.key for sample in samples], encode, share, batch_size=1)
+        fill(cache, [sample.key for sample in samples], encode, share, batch_size=most)
     data.leave_out({sample.key for sample in samples if sample.key not in cache})
     used = repr([(sample.key, sample.item.captions) for sample in data.every()])
     if len(set(share.told(hashlib.sha256(used.encode()).hexdigest()))) > 1:
@@ -336,26 +356,46 @@ def cached_latents(data: Captioned, vae: AutoencoderKL, share: Share) -> Cache:
     return cache
 
 
-@torch.no_grad()
-def _encoded(sample: Sample, vae: AutoencoderKL, strict: bool) -> Entry | None:
+def parts(rows: Sequence[T], count: int) -> Iterator[tuple[list[T], list[T]]]:
+    """`rows` in parts of `count`, and the same filled up to `count` with their last.
+
+    What a network says of a row may depend, in its last bits, on how many rows there are, as matrix
+    products of other sizes round otherwise; with as many in every call it is what it would be among
+    others, so that an entry which is encoded anew has the same bits.
+    """
+    for first in range(0, len(rows), count):
+        part = list(rows[first : first + count])
+        yield part, part + part[-1:] * (count - len(part))
+
+
+def _at_once(bucket: tuple[int, int]) -> int:
+    """How many pictures of a size go through the autoencoder in one call."""
+    return max(1, min(AT_ONCE, PIXELS_AT_ONCE // (bucket[0] * bucket[1])))
+
+
+def _loaded(sample: Sample, strict: bool) -> Picture | None:
+    """A sample's picture, or None where it is bad."""
     try:
         read = captioned.in_memory(sample.item)
         if _key(read, sample.transform) != sample.key:
             raise BadPicture(f"{read.picture.name}: has changed since the run began; start again")
-        picture = captioned.load(read)
+        return captioned.load(read)
     except BadPicture as error:
         if strict:
             raise
         log.warning("left out: %s", error)
         return None
-    x = to_tensor(sample.transform.picture(picture.pixels)).to(vae.device, vae.dtype)
-    mean, std = autoencoder.encode(vae, x)
+
+
+def _entry(sample: Sample, picture: Picture, mean: Tensor, std: Tensor) -> Entry:
+    """What is kept of a picture, whose latents' mean and std are [C, h, w] each."""
     if not (torch.isfinite(mean).all() and torch.isfinite(std).all()):
         raise UserError(
             f"{sample.item.picture.name}: its latents are not finite; use an autoencoder that "
             "works in this precision, or run.mixed_precision=no"
         )
-    entry = {"mean": mean[0].half().cpu(), "std": std[0].half().cpu()}
+    kept = {"mean": mean, "std": std}
+    entry = {name: value.to("cpu", torch.half, copy=True) for name, value in kept.items()}
     if picture.mask is not None:
         mask = torch.tensor(sample.transform.mask(picture.mask)).float()[None, None] / 255
         entry["mask"] = F.interpolate(mask, size=mean.shape[-2:], mode="area")[0].half()
@@ -367,7 +407,7 @@ def cached_texts(
 ) -> Cache:
     """What the text encoders say to every text, as the UNet is told it, under `text_key`.
 
-    Texts are encoded one by one, as pictures are: an entry that was rebuilt has the same bits.
+    Always as many are encoded in a call, as of pictures.
     """
     encoders = conditioning.encoders
     rules = [
@@ -386,8 +426,14 @@ def cached_texts(
     @in_memory("while captions were encoded")
     @torch.no_grad()
     def encode(indices: Sequence[int]) -> list[Entry]:
-        said = (conditioning.encode(conditioning.tokens([texts[i]])) for i in indices)
-        return [{name: value[0].cpu() for name, value in told.items()} for told in said]
+        entries: list[Entry] = []
+        for part, filled in parts([texts[i] for i in indices], AT_ONCE):
+            told = conditioning.encode(conditioning.tokens(filled))
+            for row in range(len(part)):
+                entries.append(
+                    {name: rows[row].to("cpu", copy=True) for name, rows in told.items()}
+                )
+        return entries
 
     fill(cache, [text_key(t) for t in texts], encode, share, batch_size=32, what="captions")
     return cache

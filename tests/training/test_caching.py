@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -89,12 +90,40 @@ def test_what_else_is_encoded_decides_no_bit_of_a_text(tmp_path: Path, tiny: Any
         with_kwargs=True,
     )
     cached_texts(texts, folders[0][0], conditioning_of(pipe), ALONE)
-    assert asked == [1] * 5, "matrix products of other sizes round otherwise, on many machines"
+    assert asked == [8], "matrix products of other sizes round otherwise, on many machines"
     for text, *places in zip(texts, *folders, strict=True):
         entries = [cached_texts([text], p, conditioning_of(pipe), ALONE) for p in places]
         first, alone = (entry[text_key(text)] for entry in entries)
         assert first.keys() == alone.keys() == {"embeds"}
         assert torch.equal(first["embeds"], alone["embeds"])
+
+
+def test_what_else_is_encoded_decides_no_bit_of_a_picture(tmp_path: Path, tiny: Any) -> None:
+    """Nor which size the others have: each call is about as many pictures of one size."""
+    sizes = [(64, 64)] * 5 + [(128, 32)] * 3
+    every = captioned(tmp_path / "together", sizes)
+    vae, asked = tiny()["vae"], list[tuple[int, ...]]()
+    vae.encoder.register_forward_pre_hook(lambda _, told: asked.append(tuple(told[0].shape)))
+    data = looked_at(every)
+    together = cached_latents(data, vae, ALONE)
+    assert sorted(asked) == [(8, 3, 32, 128), (8, 3, 64, 64)]
+    for sample in data.every():
+        alone = tmp_path / sample.item.key / "alone"
+        alone.mkdir(parents=True)
+        shutil.copy(every / sample.item.key, alone / "0.png")
+        (alone / "0.txt").write_text("alone")
+        (other,) = looked_at(alone).every()
+        entry = cached_latents(looked_at(alone), vae, ALONE)[other.key]
+        assert all(torch.equal(together[sample.key][name], entry[name]) for name in ("mean", "std"))
+
+
+def test_large_pictures_are_encoded_one_at_a_time(tmp_path: Path, tiny: Any) -> None:
+    """Several would take memory that a run's own step does not need."""
+    pictures = captioned(tmp_path / "pictures", [(512, 512)] * 2)
+    vae, asked = tiny()["vae"], list[tuple[int, ...]]()
+    vae.encoder.register_forward_pre_hook(lambda _, told: asked.append(tuple(told[0].shape)))
+    cached_latents(looked_at(pictures, resolution=512), vae, ALONE)
+    assert asked == [(1, 3, 512, 512)] * 2
 
 
 @pytest.mark.parametrize("name", ["2.png", "0.mask.png"])
