@@ -122,8 +122,11 @@ class SafeXLLoaders(StableDiffusionXLLoraLoaderMixin):
 
 def safely(source: object, told: dict[str, Any]) -> dict[str, Any]:
     """The arguments of a stock loader, with which it opens no pickle; `UserError` where they ask
-    for one."""
+    for one, or name a file that is not there."""
     check_safe(told.get("use_safetensors"))
+    file = Path(source) if isinstance(source, str | os.PathLike) else None
+    if file is not None and file.suffix == SAFE and not file.exists():
+        raise UserError(f"there is no file {source}")
     check_adapter(source, told.get("weight_name"), told.get("subfolder"))
     return {**told, "use_safetensors": True}
 

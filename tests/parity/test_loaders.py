@@ -200,6 +200,16 @@ def test_a_safety_checker_is_obeyed(components: dict[str, Any], output_type: str
     assert ours.images[0].max() > 0
 
 
+@pytest.mark.parametrize("loads", ["load_lora_weights", "load_textual_inversion"])
+def test_a_file_that_is_not_there_is_said_to_be_none(
+    tiny: Build, tmp_path: Path, loads: str
+) -> None:
+    """Stock takes its name for one of the hub, and speaks of what fetching would need."""
+    file = tmp_path / "style.safetensors"
+    with pytest.raises(UserError, match=f"^there is no file {file}$"):
+        getattr(LatentDiffusionPipeline(**tiny()), loads)(file)
+
+
 TWINS: dict[str, tuple[str, dict[str, Any]]] = {
     "ddim": ("DDIMScheduler", {"timestep_spacing": "trailing"}),
     "ddpm": ("DDPMScheduler", {"timestep_spacing": "trailing"}),
