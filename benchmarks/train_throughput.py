@@ -42,7 +42,8 @@ from ldm_pipeline.data.cache import ALONE
 from ldm_pipeline.data.world import write_folder
 from ldm_pipeline.lora.targets import ATTENTION
 from ldm_pipeline.models.conditioning import conditioning_of
-from ldm_pipeline.training.captioned import Captioned, cached_texts
+from ldm_pipeline.training.captioned import Captioned
+from ldm_pipeline.training.encoding import cached_texts
 from ldm_pipeline.training.lora import LoraConfig, LoraObjective
 from ldm_pipeline.training.start import precision
 from ldm_pipeline.training.updates import Gradients, Guard, build_optimiser, leave_out

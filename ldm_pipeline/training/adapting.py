@@ -35,7 +35,8 @@ from ldm_pipeline.models.conditioning import conditioning_of
 from ldm_pipeline.processes.ranks import Ranks, launched
 from ldm_pipeline.too_large import in_memory, is_out_of_memory
 from ldm_pipeline.training.adapter_config import AdapterConfig
-from ldm_pipeline.training.captioned import Sample, cached_texts, text_key
+from ldm_pipeline.training.captioned import Sample
+from ldm_pipeline.training.encoding import cached_texts, text_key
 from ldm_pipeline.training.levels import levels_of
 from ldm_pipeline.training.lora_card import PICTURES, model_card
 from ldm_pipeline.training.lora_export import check_formats, family_of_unet, write_formats

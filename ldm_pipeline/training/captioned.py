@@ -14,12 +14,11 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -38,7 +37,6 @@ from ldm_pipeline.data.sources import BadPicture
 from ldm_pipeline.errors import UserError
 from ldm_pipeline.images import to_tensor
 from ldm_pipeline.models import autoencoder
-from ldm_pipeline.models.conditioning import Conditioning
 from ldm_pipeline.too_large import in_memory
 from ldm_pipeline.training.config import (
     Fraction,
@@ -48,12 +46,10 @@ from ldm_pipeline.training.config import (
     Positive,
     Settings,
 )
+from ldm_pipeline.training.encoding import AT_ONCE, parts, plain
 from ldm_pipeline.training.shares import one_on_each_machine_first
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
-AT_ONCE = 8
-"""Texts, or small pictures, that go through an encoder in one call."""
 PIXELS_AT_ONCE = 2**18
 """Of the pictures of one call, if there is more than one."""
 
@@ -325,7 +321,7 @@ def cached_latents(data: Captioned, vae: AutoencoderKL, share: Share) -> Cache:
     """
     samples = sorted(data.every(), key=lambda sample: sample.transform.bucket)
     computed_in = torch.bfloat16 if data.precision == "bf16" else vae.dtype
-    key = key_of(autoencoder.encoder_weights(vae), _plain(vae.config), str(computed_in))
+    key = key_of(autoencoder.encoder_weights(vae), plain(vae.config), str(computed_in))
     cache = Cache(data.settings.cache / "latents" / key)
 
     @in_memory("while pictures were encoded")
@@ -354,18 +350,6 @@ def cached_latents(data: Captioned, vae: AutoencoderKL, share: Share) -> Cache:
             "share that folder, or make its copies the same"
         )
     return cache
-
-
-def parts(rows: Sequence[T], count: int) -> Iterator[tuple[list[T], list[T]]]:
-    """`rows` in parts of `count`, and the same filled up to `count` with their last.
-
-    What a network says of a row may depend, in its last bits, on how many rows there are, as matrix
-    products of other sizes round otherwise; with as many in every call it is what it would be among
-    others, so that an entry which is encoded anew has the same bits.
-    """
-    for first in range(0, len(rows), count):
-        part = list(rows[first : first + count])
-        yield part, part + part[-1:] * (count - len(part))
 
 
 def _at_once(bucket: tuple[int, int]) -> int:
@@ -400,52 +384,3 @@ def _entry(sample: Sample, picture: Picture, mean: Tensor, std: Tensor) -> Entry
         mask = torch.tensor(sample.transform.mask(picture.mask)).float()[None, None] / 255
         entry["mask"] = F.interpolate(mask, size=mean.shape[-2:], mode="area")[0].half()
     return entry
-
-
-def cached_texts(
-    texts: Sequence[str], folder: Path, conditioning: Conditioning, share: Share
-) -> Cache:
-    """What the text encoders say to every text, as the UNet is told it, under `text_key`.
-
-    Always as many are encoded in a call, as of pictures.
-    """
-    encoders = conditioning.encoders
-    rules = [
-        (each.backend_tokenizer.to_str(), each.pad_token_id, each.model_max_length)
-        for each in conditioning.tokenizers
-    ]
-    made = [(_plain(each.config.to_dict()), str(each.dtype)) for each in encoders.values()]
-    weights = {
-        f"{component}.{name}": value
-        for component, encoder in encoders.items()
-        for name, value in encoder.state_dict().items()
-    }
-    key = key_of(weights, rules, made, conditioning.zero_empty_prompt)
-    cache = Cache(folder / "texts" / key)
-
-    @in_memory("while captions were encoded")
-    @torch.no_grad()
-    def encode(indices: Sequence[int]) -> list[Entry]:
-        entries: list[Entry] = []
-        for part, filled in parts([texts[i] for i in indices], AT_ONCE):
-            told = conditioning.encode(conditioning.tokens(filled))
-            for row in range(len(part)):
-                entries.append(
-                    {name: rows[row].to("cpu", copy=True) for name, rows in told.items()}
-                )
-        return entries
-
-    fill(cache, [text_key(t) for t in texts], encode, share, batch_size=32, what="captions")
-    return cache
-
-
-def _plain(config: Mapping[str, object]) -> list[tuple[str, object]]:
-    """What of an encoder's configuration decides its answers, in a fixed order."""
-    neutral = ("dtype", "torch_dtype", "transformers_version", "architectures")
-    fields = {k: v for k, v in config.items() if not k.startswith("_") and k not in neutral}
-    return sorted(fields.items())
-
-
-def text_key(words: str) -> str:
-    """The key of a text in a cache of embeddings."""
-    return hashlib.sha256(words.encode()).hexdigest()[:32]

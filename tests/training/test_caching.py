@@ -19,9 +19,8 @@ from ldm_pipeline.training.captioned import (
     Captioned,
     CaptionedSettings,
     cached_latents,
-    cached_texts,
-    text_key,
 )
+from ldm_pipeline.training.encoding import cached_texts, text_key
 from tests.shares import together
 from tests.training.conftest import captioned
 

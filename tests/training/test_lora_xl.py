@@ -23,7 +23,7 @@ from ldm_pipeline.lora.files import FILE_NAME
 from ldm_pipeline.models.conditioning import conditioning_of
 from ldm_pipeline.models.original.convert import to_file
 from ldm_pipeline.training import adapting
-from ldm_pipeline.training.captioned import text_key
+from ldm_pipeline.training.encoding import text_key
 from ldm_pipeline.training.engine import fit
 from ldm_pipeline.training.lora import LoraObjective
 from ldm_pipeline.training.opening import open_model
