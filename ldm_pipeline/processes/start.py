@@ -16,15 +16,24 @@ STARTED = {"WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZ
 """What torch's and MPI's launchers set in the processes that they start."""
 
 
-def start_the_others() -> None:
+def start_the_others(*, share_cores: bool = False) -> None:
     """On a machine without GPUs, become the processes that `accelerate launch` was told to start.
 
     There accelerate (1.15) starts one process whatever `--num_processes` says, unless MPI is used:
     it sets the address of a meeting point to which nobody else comes. torch's own launcher starts
     them all. Does nothing for processes that were started in any other way.
+
+    accelerate has each process compute on one core, too, where nobody says on how many. With
+    `share_cores` the processes share all of them; sums may then round otherwise from one number of
+    processes, or machine, to the next.
     """
     alone = "ACCELERATE_MIXED_PRECISION" in os.environ and not STARTED & os.environ.keys()
-    if not alone or "MASTER_PORT" not in os.environ or torch.cuda.is_available():
+    if not alone or torch.cuda.is_available():
+        return
+    cores = _free_cores() if share_cores else None
+    if "MASTER_PORT" not in os.environ:
+        if cores is not None:
+            torch.set_num_threads(cores)
         return
     told = psutil.Process(os.getppid()).cmdline()
     start = next((i for i, word in enumerate(told, 1) if word.endswith("launch")), len(told))
@@ -43,5 +52,22 @@ def start_the_others() -> None:
         )
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MASTER_")}
     environment["ACCELERATE_USE_CPU"] = "true"
+    if cores is not None:
+        environment["OMP_NUM_THREADS"] = str(max(1, cores // count))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     os.execve(sys.executable, [*launcher, f"--nproc_per_node={count}", *command], environment)
+
+
+def _free_cores() -> int | None:
+    """The cores that this process may use, where only accelerate says that it is to use one; None
+    where a person says how many."""
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        return None
+    try:
+        launcher = psutil.Process(os.getppid())
+        flags = " ".join(launcher.cmdline()).replace("-", "_")
+        if "OMP_NUM_THREADS" in launcher.environ() or "__num_cpu_threads" in flags:
+            return None
+    except psutil.Error:
+        return None
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()

@@ -32,7 +32,7 @@ def launch(config: type[Config], objective: Callable[[Config], nn.Module]) -> No
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         settings = parse(config)
-        start_the_others()
+        start_the_others(share_cores=True)
         check_writable(settings.run.out, "run.out")
         for place, name in caches(settings):
             check_folder(place, name)

@@ -24,6 +24,7 @@ from ldm_pipeline.training import checkpoint
 from tests.training.conftest import captioned
 
 ROOT = Path(__file__).parents[2]
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 Process = subprocess.Popen[str]
@@ -174,6 +175,36 @@ def test_accelerate_starts_as_many_as_it_is_told(tmp_path: Path, started: list[P
     started.append(run)
     ended(run)
     assert saved(tmp_path)[1]["processes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "said", "each"),
+    [
+        ([], {}, CORES),
+        (["--num_processes", "2"], {}, max(1, CORES // 2)),
+        ([], {"OMP_NUM_THREADS": "1"}, 1),
+        (["--num_cpu_threads_per_process", "1"], {}, 1),
+    ],
+)
+def test_processes_share_the_cores_unless_somebody_says_otherwise(
+    tmp_path: Path, flags: list[str], said: dict[str, str], each: int
+) -> None:
+    """accelerate by itself leaves all but one core idle."""
+    script = tmp_path / "threads.py"
+    script.write_text(
+        "import os, pathlib, torch\n"
+        "from ldm_pipeline.processes.start import start_the_others\n"
+        "start_the_others(share_cores=True)\n"
+        "threads = str(torch.get_num_threads())\n"
+        "pathlib.Path(os.environ.get('RANK', '0') + '.txt').write_text(threads)\n"
+    )
+    ours = ("ACCELERATE_", "OMP_", "MKL_")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(ours)} | said
+    environment |= {"PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path / "hf")}
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *flags, str(script)]
+    subprocess.run(launch, cwd=tmp_path, env=environment, check=True, timeout=PATIENCE)
+    told = [int(file.read_text()) for file in sorted(tmp_path.glob("?.txt"))]
+    assert told == [each] * (2 if "--num_processes" in flags else 1)
 
 
 def test_the_command_of_the_readme_trains_as_it_is_typed(
